@@ -1,0 +1,2 @@
+//! Security groups.
+pub mod spec;
