@@ -161,7 +161,7 @@ fn merged(a: &[usize], b: &[usize]) -> Vec<usize> {
 
 /// Calls `piece` for every range of peers between two edges, with the rules that cover it, ascending. Pieces
 /// that no rule covers are left out.
-fn sweep_peers(rules: &[Flat], which: &[usize], max: u128, mut piece: impl FnMut((u128, u128), &[usize])) {
+pub(crate) fn sweep_peers(rules: &[Flat], which: &[usize], max: u128, mut piece: impl FnMut((u128, u128), &[usize])) {
     // (position, false for an end, rule): ends sort first, so that a piece never includes what ended before it.
     let mut edges: Vec<(u128, bool, usize)> = Vec::new();
     for rule in which {
@@ -231,7 +231,7 @@ fn slots(rules: &[Flat], order: &[usize]) -> Vec<(Slot, usize)> {
 }
 
 /// Ranges in order of precedence, cut so that each number goes to the first range that holds it.
-fn first_match(ranges: &[(u32, u32, usize)], mut out: impl FnMut(u32, u32, usize)) {
+pub(crate) fn first_match(ranges: &[(u32, u32, usize)], mut out: impl FnMut(u32, u32, usize)) {
     let mut edges: Vec<u32> = ranges.iter().flat_map(|(first, last, _)| [*first, *last + 1]).collect();
     edges.sort_unstable();
     edges.dedup();

@@ -246,9 +246,6 @@ pub fn resolve(checked: &Checked, instance: &str) -> Result<Intent, ResolveError
     }
     let settings = &spec.settings;
     Ok(Intent {
-        format: FORMAT,
-        instance: instance.to_owned(),
-        observe: false,
         on_deny: settings.on_deny,
         session_idle_s: settings.session_idle_s,
         service_prefixes: settings.service_prefixes.clone(),
@@ -257,10 +254,11 @@ pub fn resolve(checked: &Checked, instance: &str) -> Result<Intent, ResolveError
         elements_max: settings.limits.elements_per_interface,
         attachments,
         sets,
+        ..Intent::empty(instance)
     })
 }
 
-fn set_members(checked: &Checked, name: &str) -> Vec<Prefix> {
+pub(crate) fn set_members(checked: &Checked, name: &str) -> Vec<Prefix> {
     let mut members: Vec<Prefix> = if let Some(group) = name.strip_prefix("group:") {
         checked.addresses_of(group).iter().copied().map(Prefix::host).collect()
     } else {
@@ -296,6 +294,25 @@ impl std::fmt::Display for ResolveError {
 impl std::error::Error for ResolveError {}
 
 impl Intent {
+    /// An intent that attaches to nothing.
+    #[must_use]
+    pub fn empty(instance: &str) -> Intent {
+        let settings = crate::spec::Settings::default();
+        Intent {
+            format: FORMAT,
+            instance: instance.to_owned(),
+            observe: false,
+            on_deny: settings.on_deny,
+            session_idle_s: settings.session_idle_s,
+            service_prefixes: settings.service_prefixes,
+            block_outbound_smtp: settings.block_outbound_smtp,
+            flow_log_per_s: settings.flow_log_per_s,
+            elements_max: settings.limits.elements_per_interface,
+            attachments: Vec::new(),
+            sets: BTreeMap::new(),
+        }
+    }
+
     /// Reads an intent that came from a file or a socket.
     ///
     /// # Errors

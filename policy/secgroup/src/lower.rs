@@ -551,19 +551,13 @@ impl Build<'_> {
         let mut rules = Vec::new();
         if direction == Direction::Egress {
             for family in Family::BOTH {
-                let mut prefixes: Vec<AddrRange> = (self.intent.service_prefixes.iter())
-                    .filter(|prefix| prefix.family() == family)
-                    .map(Prefix::range)
-                    .collect();
-                prefixes.sort_by_key(|range| (range.first, std::cmp::Reverse(range.last)));
-                // Nested prefixes: the outer one is enough, and a map takes no overlap.
-                prefixes.dedup_by(|inner, outer| inner.last <= outer.last);
+                let prefixes = ranges_of(&self.intent.service_prefixes, family);
                 if prefixes.is_empty() {
                     continue;
                 }
                 let name = self.name(&[slug, if family == Family::Ipv4 { "services4" } else { "services6" }]);
                 let keys = prefixes.iter().map(|r| {
-                    (vec![FieldRange::new(bytes(family, r.first), bytes(family, r.last))], ElementData::Nothing, None)
+                    (vec![FieldRange::new(bytes(family, r.0), bytes(family, r.1))], ElementData::Nothing, None)
                 });
                 self.map(&name, vec![address_type(family)], true, MapData::Nothing, keys.collect());
                 let mut exprs = nfproto(family).to_vec();
@@ -972,14 +966,26 @@ fn slot_key(slot: Slot) -> Vec<FieldRange> {
     }
 }
 
-struct Decides<'a> {
-    policy: Policy,
-    id: &'a str,
-    label: &'a str,
+pub(crate) struct Decides<'a> {
+    pub(crate) policy: Policy,
+    pub(crate) id: &'a str,
+    pub(crate) label: &'a str,
+}
+
+/// The prefixes of one family as sorted, disjoint ranges.
+pub(crate) fn ranges_of(prefixes: &[Prefix], family: Family) -> Vec<(u128, u128)> {
+    let mut ranges: Vec<(u128, u128)> = (prefixes.iter())
+        .filter(|prefix| prefix.family() == family)
+        .map(|prefix| (prefix.range().first, prefix.range().last))
+        .collect();
+    ranges.sort_unstable_by_key(|range| (range.0, std::cmp::Reverse(range.1)));
+    // A list may hold a block and a part of it; a map takes no overlap, and the block is enough.
+    ranges.dedup_by(|inner, outer| inner.1 <= outer.1);
+    ranges
 }
 
 /// The rules of one direction and family in the order of evaluation, intra-group accept first.
-fn flatten<'a>(
+pub(crate) fn flatten<'a>(
     intent: &'a Intent,
     attachment: &'a Attachment,
     direction: Direction,
@@ -987,16 +993,7 @@ fn flatten<'a>(
 ) -> (Vec<Flat>, Vec<Decides<'a>>) {
     let mut flats = Vec::new();
     let mut decides = Vec::new();
-    let of_set = |name: &str| -> Vec<(u128, u128)> {
-        let mut ranges: Vec<(u128, u128)> = (intent.sets.get(name).into_iter().flatten())
-            .filter(|prefix| prefix.family() == family)
-            .map(|prefix| (prefix.range().first, prefix.range().last))
-            .collect();
-        ranges.sort_unstable_by_key(|range| (range.0, std::cmp::Reverse(range.1)));
-        // A list may hold a block and a part of it.
-        ranges.dedup_by(|inner, outer| inner.1 <= outer.1);
-        ranges
-    };
+    let of_set = |name: &str| ranges_of(intent.sets.get(name).map_or(&[], Vec::as_slice), family);
     if direction == Direction::Ingress {
         for name in &attachment.inner {
             let peers = of_set(name);
