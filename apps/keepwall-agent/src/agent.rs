@@ -1,0 +1,517 @@
+//! What the agent does, one request at a time; all state is here, and on disk before it is in the kernel.
+//!
+//! ```text
+//! apply:   pending on disk ▶ watchdog started ▶ kernel ▶ sessions ▶ answer
+//! confirm: confirmed on disk ▶ pending gone
+//! revert:  confirmed into the kernel ▶ pending gone
+//! start:   pending of this boot and in time? resume it : confirmed into the kernel
+//! ```
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use keepwall_core::Generation;
+use keepwall_host::peer::Peer;
+use keepwall_host::state::StateDir;
+use keepwall_host::{clock, process};
+use keepwall_link::{Applied, Apply, AttachmentStatus, Counters, Drift, ForeignDrop, Refused, Status};
+use keepwall_secgroup::intent::Intent;
+use keepwall_secgroup::judge::probes;
+use keepwall_secgroup::spec::OnDeny;
+use keepwall_sensors::interfaces::{self, Interface};
+use keepwall_sensors::sessions;
+
+use crate::enforce::{Change, Enforcer};
+use crate::log;
+use crate::record::{self, Pending, Record};
+
+/// Confirmation windows, in seconds: shorter cannot be met, longer is no safety.
+const CONFIRM_S: std::ops::RangeInclusive<u32> = 5..=3_600;
+/// A note is for people.
+const NOTE_BYTES_MAX: usize = 1_024;
+
+pub(crate) struct Agent {
+    state: StateDir,
+    socket: PathBuf,
+    enforcer: Enforcer,
+    confirmed: Option<Record>,
+    pending: Option<Pending>,
+    drift: Drift,
+    started: Instant,
+    boot: String,
+}
+
+fn refused(code: &str, message: impl Into<String>, help: impl Into<String>) -> Refused {
+    Refused { code: code.into(), message: message.into(), help: help.into() }
+}
+
+fn kernel(message: String) -> Refused {
+    refused("kernel", message, "what was in force before still is; see the agent's log")
+}
+
+fn disk(error: std::io::Error) -> Refused {
+    refused(
+        "disk",
+        format!("cannot write the state: {error}"),
+        "make room or mend the file system; nothing was changed",
+    )
+}
+
+/// Devices and their addresses now; none if the kernel does not say.
+pub(crate) fn devices() -> Vec<Interface> {
+    interfaces::all().unwrap_or_default()
+}
+
+/// Loads the last confirmed state and ends.
+pub(crate) fn restore(state: &Path) -> Result<(), String> {
+    let state = StateDir::lock(state).map_err(|error| format!("cannot use {}: {error}", state.display()))?;
+    let Some(record) = record::confirmed(state.path()).map_err(|error| error.to_string())? else {
+        log("nothing was ever confirmed; nothing to restore");
+        return Ok(());
+    };
+    let mut enforcer = Enforcer::open().map_err(|error| crate::enforce::chain(&error))?;
+    enforcer.adopt(&record.intent)?;
+    // What was pending was never confirmed, and the machine has been down since.
+    record::clear_pending(&state).map_err(|error| error.to_string())?;
+    log(format!("restored {} of {}", record.generation, record.intent.instance));
+    Ok(())
+}
+
+/// The agent is dead and a change was not confirmed: back to the confirmed state, or to nothing.
+pub(crate) fn revert_without_agent(state: &Path) -> Result<(), String> {
+    let state = StateDir::lock(state).map_err(|error| format!("cannot use {}: {error}", state.display()))?;
+    let mut enforcer = Enforcer::open().map_err(|error| crate::enforce::chain(&error))?;
+    match record::confirmed(state.path()).map_err(|error| error.to_string())? {
+        Some(record) => {
+            enforcer.adopt(&record.intent)?;
+            let from = record::pending(state.path()).unwrap_or_default();
+            // Takes back the cuts that only the reverted change made.
+            crate::cut::cut(from.map(|p| p.record.intent).as_ref(), &record.intent, &devices())?;
+        }
+        None => {
+            enforcer.remove()?;
+        }
+    }
+    record::clear_pending(&state).map_err(|error| error.to_string())?;
+    log("the agent is gone; the unconfirmed change is reverted");
+    Ok(())
+}
+
+impl Agent {
+    pub(crate) fn start(state: &Path, socket: &Path) -> Result<Agent, String> {
+        let state = StateDir::lock(state).map_err(|error| format!("cannot use {}: {error}", state.display()))?;
+        let enforcer = Enforcer::open().map_err(|error| crate::enforce::chain(&error))?;
+        if let Some(why) = enforcer.unusable() {
+            return Err(why.to_owned());
+        }
+        let confirmed = record::confirmed(state.path()).map_err(|error| {
+            format!(
+                "{error}. What the kernel enforces stays in force; move {} away to start afresh",
+                state.path().display()
+            )
+        })?;
+        // An unconfirmed state that cannot be read is as good as reverted.
+        let pending = record::pending(state.path()).unwrap_or_default();
+        let mut agent = Agent {
+            state,
+            socket: socket.to_owned(),
+            enforcer,
+            confirmed,
+            pending,
+            drift: Drift::NoTable,
+            started: Instant::now(),
+            boot: record::boot(),
+        };
+        agent.resume()?;
+        Ok(agent)
+    }
+
+    /// Puts in force what should be, whatever an earlier agent left.
+    fn resume(&mut self) -> Result<(), String> {
+        match &self.pending {
+            Some(pending) if pending.left_ms(clock::now_ms(), &self.boot) > 0 => {
+                let pending = pending.clone();
+                log(format!("resuming {}, which waits for its confirmation", pending.record.generation));
+                self.enforcer.adopt(&pending.record.intent)?;
+                self.cut_sessions(self.confirmed.as_ref().map(|c| c.intent.clone()).as_ref(), &pending.record.intent);
+                self.drift = Drift::None;
+                Ok(())
+            }
+            Some(_) => self.revert("nobody confirmed it in time"),
+            None => match self.confirmed.clone() {
+                Some(record) => {
+                    self.enforcer.adopt(&record.intent)?;
+                    self.drift = Drift::None;
+                    log(format!("enforcing {} of {}", record.generation, record.intent.instance));
+                    Ok(())
+                }
+                None => {
+                    // A table without any state is what a removal was cut short in.
+                    if self.enforcer.remove()? {
+                        log("removed a table that no state stands behind");
+                    }
+                    log("nothing is applied; observing only");
+                    Ok(())
+                }
+            },
+        }
+    }
+
+    fn generation(&self) -> Generation {
+        let of = |record: Option<&Record>| record.map(|r| r.generation).unwrap_or_default();
+        of(self.pending.as_ref().map(|p| &p.record)).max(of(self.confirmed.as_ref()))
+    }
+
+    pub(crate) fn intent(&self) -> Option<&Intent> {
+        self.enforcer.intent()
+    }
+
+    pub(crate) fn status(&mut self) -> Status {
+        let present = devices();
+        let intent = self.enforcer.intent();
+        Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            uptime_s: self.started.elapsed().as_secs(),
+            mode: match intent {
+                None => "observing",
+                Some(intent) if intent.observe => "observe-only",
+                Some(_) => "enforcing",
+            }
+            .to_owned(),
+            instance: intent.map(|i| i.instance.clone()),
+            generation: self.generation(),
+            confirmed: self.confirmed.as_ref().map(|c| c.generation),
+            pending: self.pending.as_ref().map(|p| keepwall_link::Pending {
+                generation: p.record.generation,
+                left_ms: p.left_ms(clock::now_ms(), &self.boot),
+            }),
+            attachments: (intent.into_iter().flat_map(|i| &i.attachments))
+                .map(|a| AttachmentStatus {
+                    name: a.name.clone(),
+                    device: a.device.clone(),
+                    present: present.iter().any(|i| i.name == a.device),
+                    groups: a.groups.clone(),
+                    ingress_rules: a.ingress.len(),
+                    egress_rules: a.egress.len(),
+                })
+                .collect(),
+            drift: self.drift.clone(),
+            degraded: self.enforcer.degraded(),
+        }
+    }
+
+    pub(crate) fn apply(&mut self, apply: Apply, peer: &Peer) -> Result<Applied, Refused> {
+        let bad = |why: String| refused("bad-request", why, "nothing was changed");
+        apply.intent.validate().map_err(bad)?;
+        if apply.note.len() > NOTE_BYTES_MAX {
+            return Err(bad(format!("the note is longer than {NOTE_BYTES_MAX} bytes")));
+        }
+        if let Some(seconds) = apply.confirm_within_s
+            && !CONFIRM_S.contains(&seconds)
+        {
+            return Err(bad(format!(
+                "a confirmation window of {seconds} s; it is from {} to {} seconds",
+                CONFIRM_S.start(),
+                CONFIRM_S.end()
+            )));
+        }
+        if let Some(pending) = &self.pending {
+            return Err(refused(
+                "pending",
+                format!("{} still waits for its confirmation", pending.record.generation),
+                "confirm it (`keepwall confirm`) or take it back (`keepwall revert`) first",
+            ));
+        }
+        if apply.base.is_some_and(|base| base != self.generation()) {
+            return Err(refused(
+                "state-moved",
+                format!("the plan was made against another state; in force is {}", self.generation()),
+                "make a new plan and look at it again",
+            ));
+        }
+        self.enforcer.check(&apply.intent).map_err(|why| refused("too-large", why, "nothing was changed"))?;
+
+        let interfaces = devices();
+        let mut warnings = self.lock_out(&apply, peer, &interfaces)?;
+        for attachment in &apply.intent.attachments {
+            if !interfaces.iter().any(|i| i.name == attachment.device) {
+                warnings.push(format!(
+                    "{}: there is no device `{}` now; its rules take effect when one appears",
+                    attachment.name, attachment.device
+                ));
+            }
+        }
+
+        let record = Record { generation: self.generation().next(), intent: apply.intent, note: apply.note };
+        let before = self.enforcer.intent().cloned();
+        match apply.confirm_within_s {
+            Some(seconds) => {
+                let pending = Pending {
+                    record: record.clone(),
+                    deadline_ms: clock::now_ms() + u64::from(seconds) * 1_000,
+                    boot: self.boot.clone(),
+                    sessions: sessions::of_machine(),
+                };
+                record::write_pending(&self.state, &pending).map_err(disk)?;
+                self.pending = Some(pending);
+                if let Err(error) = self.start_watchdog(record.generation) {
+                    self.pending = None;
+                    let _ = record::clear_pending(&self.state);
+                    return Err(refused(
+                        "watchdog",
+                        format!("the process that would revert an unconfirmed change does not start: {error}"),
+                        "nothing was changed",
+                    ));
+                }
+            }
+            None => record::write_confirmed(&self.state, &record).map_err(disk)?,
+        }
+
+        let change = match self.enforcer.enforce(&record.intent) {
+            Ok(change) => change,
+            Err(why) => {
+                // The kernel refused, so the old rules are in force; the state goes back to saying so.
+                self.pending = None;
+                let _ = record::clear_pending(&self.state);
+                if apply.confirm_within_s.is_none() {
+                    let _ = match &self.confirmed {
+                        Some(old) => record::write_confirmed(&self.state, old),
+                        None => record::clear_confirmed(&self.state),
+                    };
+                }
+                return Err(kernel(why));
+            }
+        };
+        if apply.confirm_within_s.is_none() {
+            self.confirmed = Some(record.clone());
+        }
+        let sessions_cut = self.cut_sessions(before.as_ref(), &record.intent);
+        self.drift = Drift::None;
+        log(format!(
+            "applied {}: {}",
+            record.generation,
+            if record.note.is_empty() { "no note" } else { &record.note }
+        ));
+        Ok(Applied {
+            generation: record.generation,
+            outcome: match change {
+                Change::Unchanged => "unchanged",
+                Change::Elements => "elements",
+                Change::Replaced => "replaced",
+            }
+            .to_owned(),
+            sessions_cut,
+            confirm_within_s: apply.confirm_within_s,
+            warnings,
+        })
+    }
+
+    /// Refuses what would keep the operator from coming back in the way they came; warns about other sessions.
+    fn lock_out(&self, apply: &Apply, peer: &Peer, interfaces: &[Interface]) -> Result<Vec<String>, Refused> {
+        let mut warnings = Vec::new();
+        let own = sessions::of_process(peer.pid);
+        if let Some(session) = &own
+            && let Some(verdict) = crate::packet::refuses(&apply.intent, interfaces, session)
+        {
+            let message = format!(
+                "this would lock you out: a new session like yours ({} to {}) would be refused by {}",
+                session.remote,
+                session.local,
+                verdict.reason()
+            );
+            if !apply.danger_cut_session {
+                return Err(refused(
+                    "would-cut-session",
+                    message,
+                    format!(
+                        "allow tcp {} from {} first, or go on by name with --danger-cut-session; nothing was changed",
+                        session.local.port(),
+                        session.remote.ip()
+                    ),
+                ));
+            }
+            warnings.push(message);
+        }
+        for session in sessions::of_machine().iter().filter(|s| own.as_ref() != Some(s)) {
+            if let Some(verdict) = crate::packet::refuses(&apply.intent, interfaces, session) {
+                warnings.push(format!(
+                    "the SSH session from {} would be refused if it were new, by {}",
+                    session.remote.ip(),
+                    verdict.reason()
+                ));
+            }
+        }
+        Ok(warnings)
+    }
+
+    fn cut_sessions(&self, before: Option<&Intent>, after: &Intent) -> u64 {
+        if after.on_deny != OnDeny::Cut || after.observe {
+            return 0;
+        }
+        crate::cut::cut(before, after, &devices()).unwrap_or_else(|why| {
+            log(format!("established sessions could not be looked at: {why}"));
+            0
+        })
+    }
+
+    /// The process that reverts if this one cannot.
+    fn start_watchdog(&self, generation: Generation) -> std::io::Result<()> {
+        let mut command = Command::new(std::env::current_exe()?);
+        command
+            .arg("watchdog")
+            .args(["--generation", &generation.0.to_string()])
+            .arg("--state")
+            .arg(self.state.path())
+            .arg("--socket")
+            .arg(&self.socket)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null());
+        process::spawn_detached(&mut command)
+    }
+
+    pub(crate) fn confirm(
+        &mut self,
+        generation: Generation,
+        danger_same_session: bool,
+        peer: &Peer,
+    ) -> Result<String, Refused> {
+        let Some(pending) = &self.pending else {
+            return Err(refused("nothing-pending", "nothing waits for a confirmation", "see `keepwall status`"));
+        };
+        if pending.record.generation != generation {
+            return Err(refused(
+                "nothing-pending",
+                format!("{} waits for a confirmation, not {generation}", pending.record.generation),
+                "see `keepwall status`",
+            ));
+        }
+        let session = sessions::of_process(peer.pid);
+        if let Some(session) = &session
+            && pending.sessions.contains(session)
+            && !danger_same_session
+        {
+            return Err(refused(
+                "same-session",
+                format!(
+                    "your session from {} was open before the change, so it does not prove that a new one gets in",
+                    session.remote
+                ),
+                "open a second session and run `keepwall confirm` there",
+            ));
+        }
+        let record = pending.record.clone();
+        record::write_confirmed(&self.state, &record).map_err(disk)?;
+        self.confirmed = Some(record);
+        self.pending = None;
+        record::clear_pending(&self.state).map_err(disk)?;
+        log(format!("confirmed {generation}"));
+        Ok(match session {
+            Some(session) => format!("{generation} is confirmed by a new session from {}", session.remote.ip()),
+            None => format!("{generation} is confirmed from this machine's own console"),
+        })
+    }
+
+    /// Back to the last confirmed state.
+    pub(crate) fn revert_to_confirmed(&mut self, generation: Option<Generation>) -> Result<String, Refused> {
+        let Some(pending) = &self.pending else {
+            return Err(refused("nothing-pending", "nothing waits for a confirmation", "see `keepwall status`"));
+        };
+        if generation.is_some_and(|wanted| wanted != pending.record.generation) {
+            return Err(refused("nothing-pending", "another generation waits by now", "see `keepwall status`"));
+        }
+        self.revert("asked for").map_err(kernel)?;
+        Ok(match &self.confirmed {
+            Some(record) => format!("{} is in force again", record.generation),
+            None => "nothing is enforced again, as before".to_owned(),
+        })
+    }
+
+    fn revert(&mut self, why: &str) -> Result<(), String> {
+        let from = self.pending.as_ref().map(|p| p.record.intent.clone());
+        match self.confirmed.clone() {
+            Some(record) => {
+                self.enforcer.adopt(&record.intent)?;
+                self.cut_sessions(from.as_ref(), &record.intent);
+                self.drift = Drift::None;
+            }
+            None => {
+                self.enforcer.remove()?;
+                self.drift = Drift::NoTable;
+            }
+        }
+        if let Some(pending) = self.pending.take() {
+            log(format!("reverted {}: {why}", pending.record.generation));
+        }
+        record::clear_pending(&self.state).map_err(|error| format!("cannot remove the pending state: {error}"))
+    }
+
+    pub(crate) fn remove(&mut self) -> Result<String, Refused> {
+        record::clear_pending(&self.state).map_err(disk)?;
+        record::clear_confirmed(&self.state).map_err(disk)?;
+        (self.pending, self.confirmed) = (None, None);
+        let was = self.enforcer.remove().map_err(kernel)?;
+        self.drift = Drift::NoTable;
+        log("removed: nothing is enforced");
+        Ok(if was { "nothing is enforced any more" } else { "nothing was enforced" }.to_owned())
+    }
+
+    /// What has to happen without being asked: revert in time.
+    pub(crate) fn tick(&mut self) {
+        if let Some(pending) = &self.pending
+            && pending.left_ms(clock::now_ms(), &self.boot) == 0
+            && let Err(why) = self.revert("nobody confirmed it in time")
+        {
+            log(format!("cannot revert yet: {why}"));
+        }
+    }
+
+    pub(crate) fn verify(&mut self) -> Result<Drift, Refused> {
+        let drift = self.enforcer.verify().map_err(kernel)?;
+        match &drift {
+            Drift::Repaired(what) => log(format!("somebody changed our table, which is repaired: {}", what.join("; "))),
+            Drift::Contested(what) => log(format!("somebody keeps changing our table: {}", what.join("; "))),
+            Drift::None | Drift::NoTable => {}
+        }
+        self.drift = drift.clone();
+        Ok(drift)
+    }
+
+    pub(crate) fn counters(&mut self) -> Result<Counters, Refused> {
+        self.enforcer.counters().map_err(kernel)
+    }
+
+    /// What other tables do with what our rules let in.
+    pub(crate) fn foreign(&mut self) -> Result<Vec<ForeignDrop>, Refused> {
+        let probes = self.enforcer.intent().map(probes).unwrap_or_default();
+        let asked: Vec<keepwall_nft::Probe> = (probes.iter())
+            .map(|probe| keepwall_nft::Probe {
+                device: probe.device.clone(),
+                source: probe.packet.peer,
+                destination: probe.packet.local,
+                protocol: probe.packet.protocol,
+                source_port: probe.packet.source_port,
+                destination_port: probe.packet.destination_port,
+                icmp: probe.packet.icmp,
+            })
+            .collect();
+        let drops = keepwall_nft::foreign_drops(&asked).map_err(|error| kernel(crate::enforce::chain(&error)))?;
+        Ok((drops.into_iter())
+            .map(|drop| {
+                let probe = &probes[drop.probe];
+                let p = &probe.packet;
+                let protocol = keepwall_core::Protocol::Number(p.protocol);
+                let port = if protocol.has_ports() { format!(" port {}", p.destination_port) } else { String::new() };
+                ForeignDrop {
+                    table: drop.table,
+                    chain: drop.chain,
+                    rule: drop.rule,
+                    ours: probe.label.clone(),
+                    example: format!("{protocol} {} -> {}{port}", p.peer, p.local),
+                    certain: drop.certain,
+                }
+            })
+            .collect())
+    }
+}

@@ -1,0 +1,219 @@
+//! An intent into the kernel: lower, converge, count.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use keepwall_link::{Counters, Drift};
+use keepwall_nft::{ElementCounter, Features, Nft, NftError, TableFamily};
+use keepwall_secgroup::intent::Intent;
+use keepwall_secgroup::lower::{Lowered, TABLE, lower};
+
+/// The kernel's side of this machine's security groups.
+pub(crate) struct Enforcer {
+    nft: Nft,
+    features: Features,
+    loaded: Option<Loaded>,
+    /// Numbers the versions of our chains and maps; never used twice in the life of a table.
+    serial: u64,
+    /// Packets and bytes by rule id of maps that are gone.
+    retired: BTreeMap<String, (u64, u64)>,
+    since: Instant,
+}
+
+struct Loaded {
+    intent: Intent,
+    lowered: Lowered,
+    tag: String,
+}
+
+/// How a change went in.
+pub(crate) enum Change {
+    Unchanged,
+    Elements,
+    Replaced,
+}
+
+impl Enforcer {
+    pub(crate) fn open() -> Result<Enforcer, NftError> {
+        let mut nft = Nft::open()?;
+        let features = nft.probe()?;
+        Ok(Enforcer { nft, features, loaded: None, serial: 0, retired: BTreeMap::new(), since: Instant::now() })
+    }
+
+    /// What this kernel lacks, and what we do instead.
+    pub(crate) fn degraded(&self) -> Vec<String> {
+        let mut out = Vec::new();
+        let mut say = |fine: bool, text: &str| {
+            if !fine {
+                out.push(text.to_owned());
+            }
+        };
+        let f = &self.features;
+        say(
+            f.table_flags != 0,
+            "this kernel has no owned, persistent tables (before 6.9): other tools can change ours, which is noticed and repaired",
+        );
+        say(f.ct_timeouts, "this kernel cannot limit idle sessions (no ct timeout objects): its own limits hold");
+        say(f.log, "this kernel cannot log packets to user space: `keepwall flows` shows nothing");
+        say(f.trace, "this kernel cannot trace packets: `keepwall trace` shows nothing");
+        out
+    }
+
+    /// What this kernel must have.
+    pub(crate) fn unusable(&self) -> Option<&'static str> {
+        if !self.features.conntrack {
+            return Some("this kernel has no connection tracking (nf_conntrack), which security groups need");
+        }
+        if !self.features.verdict_maps {
+            return Some("this kernel has no verdict maps over ranges (Linux 5.6 or newer is needed)");
+        }
+        None
+    }
+
+    fn lowered(&self, intent: &Intent, tag: &str) -> Result<Lowered, String> {
+        let mut intent = intent.clone();
+        if !self.features.ct_timeouts {
+            intent.session_idle_s = None;
+        }
+        if !self.features.log || !self.features.limit {
+            intent.flow_log_per_s = 0;
+        }
+        let mut lowered = lower(&intent, tag).map_err(|error| error.to_string())?;
+        lowered.table.flags = self.features.table_flags;
+        Ok(lowered)
+    }
+
+    /// Checks that an intent can be lowered, without touching anything.
+    pub(crate) fn check(&self, intent: &Intent) -> Result<(), String> {
+        self.lowered(intent, "0").map(|_| ())
+    }
+
+    pub(crate) fn intent(&self) -> Option<&Intent> {
+        self.loaded.as_ref().map(|loaded| &loaded.intent)
+    }
+
+    /// Puts an intent in force: nothing if it is, one map's elements if that is all, else a new version beside the
+    /// old one and a switch.
+    pub(crate) fn enforce(&mut self, intent: &Intent) -> Result<Change, String> {
+        if let Some(loaded) = &self.loaded {
+            let same = self.lowered(intent, &loaded.tag)?;
+            if same.table == loaded.lowered.table {
+                let tag = loaded.tag.clone();
+                self.loaded = Some(Loaded { intent: intent.clone(), lowered: same, tag });
+                return Ok(Change::Unchanged);
+            }
+            let tag = loaded.tag.clone();
+            match self.nft.replace_from(&loaded.lowered.table, &same.table) {
+                Ok(_) => {
+                    self.loaded = Some(Loaded { intent: intent.clone(), lowered: same, tag });
+                    return Ok(Change::Elements);
+                }
+                // More than one map differs: a new version it is.
+                Err(NftError::NameReused { .. }) => {}
+                Err(error) => return Err(chain(&error)),
+            }
+        }
+        let tag = self.next_tag()?;
+        let lowered = self.lowered(intent, &tag)?;
+        let applied = match &self.loaded {
+            Some(loaded) => self.nft.replace_from(&loaded.lowered.table, &lowered.table),
+            None => self.nft.replace(&lowered.table),
+        };
+        let applied = applied.map_err(|error| chain(&error))?;
+        if let Some(loaded) = self.loaded.take() {
+            count(&mut self.retired, &loaded.lowered, &applied.retired);
+        }
+        self.loaded = Some(Loaded { intent: intent.clone(), lowered, tag });
+        Ok(Change::Replaced)
+    }
+
+    /// A tag that nothing in the kernel has.
+    fn next_tag(&mut self) -> Result<String, String> {
+        if self.loaded.is_none() {
+            // A table of an earlier life: go on counting behind it.
+            let present = self.nft.observe(TableFamily::Inet, TABLE).map_err(|error| chain(&error))?;
+            let names = present.iter().flat_map(|table| table.chains.iter().map(|c| c.name.as_str()));
+            let highest = names.filter_map(|name| name.rsplit_once(".g")?.1.parse::<u64>().ok()).max();
+            self.serial = self.serial.max(highest.unwrap_or(0));
+        }
+        self.serial += 1;
+        Ok(format!("g{}", self.serial))
+    }
+
+    /// Takes over a table that an earlier agent left, if it holds just this intent; else replaces it.
+    pub(crate) fn adopt(&mut self, intent: &Intent) -> Result<Change, String> {
+        if self.loaded.is_some() {
+            return self.enforce(intent);
+        }
+        let present = self.nft.observe(TableFamily::Inet, TABLE).map_err(|error| chain(&error))?;
+        let tag = present.as_ref().and_then(|table| {
+            let name = table.chains.iter().find(|c| c.base.is_none())?.name.rsplit_once('.')?.1.to_owned();
+            name.strip_prefix('g').and_then(|n| n.parse::<u64>().ok()).map(|n| (n, name))
+        });
+        if let Some((serial, tag)) = tag {
+            let lowered = self.lowered(intent, &tag)?;
+            if self.nft.adopt_if_equal(&lowered.table).map_err(|error| chain(&error))? {
+                self.serial = serial;
+                self.loaded = Some(Loaded { intent: intent.clone(), lowered, tag });
+                return Ok(Change::Unchanged);
+            }
+        }
+        self.enforce(intent)
+    }
+
+    /// Looks at the kernel and puts right what differs.
+    pub(crate) fn verify(&mut self) -> Result<Drift, String> {
+        let Some(loaded) = &self.loaded else { return Ok(Drift::NoTable) };
+        let before = self.nft.differences(&loaded.lowered.table).map_err(|error| chain(&error))?;
+        if before.is_empty() {
+            return Ok(Drift::None);
+        }
+        let intent = loaded.intent.clone();
+        // What is there is unknown: build a new version from what the kernel shows.
+        self.loaded = None;
+        self.enforce(&intent)?;
+        let Some(loaded) = &self.loaded else { return Ok(Drift::NoTable) };
+        let after = self.nft.differences(&loaded.lowered.table).map_err(|error| chain(&error))?;
+        Ok(if after.is_empty() { Drift::Repaired(before) } else { Drift::Contested(after) })
+    }
+
+    /// Removes our table; `false` if there was none.
+    pub(crate) fn remove(&mut self) -> Result<bool, String> {
+        self.loaded = None;
+        self.nft.remove(TableFamily::Inet, TABLE).map_err(|error| chain(&error))
+    }
+
+    pub(crate) fn counters(&mut self) -> Result<Counters, String> {
+        let mut rules = self.retired.clone();
+        if let Some(loaded) = &self.loaded {
+            for rule in loaded.intent.attachments.iter().flat_map(|a| a.ingress.iter().chain(&a.egress)) {
+                rules.entry(rule.id.clone()).or_default();
+            }
+            let now = self.nft.counters(&loaded.lowered.table).map_err(|error| chain(&error))?;
+            count(&mut rules, &loaded.lowered, &now);
+        }
+        Ok(Counters { since_s: self.since.elapsed().as_secs(), rules })
+    }
+}
+
+fn count(rules: &mut BTreeMap<String, (u64, u64)>, lowered: &Lowered, counters: &[ElementCounter]) {
+    for counter in counters {
+        if let Some(id) = lowered.legend.get(&(counter.map.clone(), counter.key.clone())) {
+            let sum = rules.entry(id.clone()).or_default();
+            sum.0 += counter.packets;
+            sum.1 += counter.bytes;
+        }
+    }
+}
+
+/// An error with all its causes, on one line.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}
