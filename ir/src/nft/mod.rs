@@ -117,6 +117,13 @@ pub enum Expr {
         /// Where to.
         dreg: Reg,
     },
+    /// `meta mark set`: the packet's mark becomes what `sreg` holds; 4 bytes, host order. What this rule and all
+    /// later ones load with [`Meta::Mark`] is then the new mark. (Why anybody needs it here: nft 1.0.6 aborts when
+    /// it lists a concatenated key that holds another map's value, but not when the value went through the mark.)
+    MarkSet {
+        /// From where.
+        sreg: Reg,
+    },
     /// `meta nftrace set 1`: from here on the kernel reports each rule that sees this packet.
     TraceOn,
     /// `payload`: bytes of the packet, loaded into `dreg`. Breaks off if the packet is too short.

@@ -99,15 +99,34 @@ fn group_findings(
             let by: Vec<&str> = by.into_iter().collect();
             let same = covers.iter().flatten().all(|rule| rule.policy == first.policy);
             let (kind, why) = if same {
-                ("redundant-rule", format!("{} already {}s all that it matches, at the same or a higher priority", by.join(" and "), word(first.policy)))
+                (
+                    "redundant-rule",
+                    format!(
+                        "{} already {}s all that it matches, at the same or a higher priority",
+                        by.join(" and "),
+                        word(first.policy)
+                    ),
+                )
             } else {
-                ("shadowed-rule", format!("{} comes first and {}s all that it matches, so it never decides", by.join(" and "), word(other(first.policy))))
+                (
+                    "shadowed-rule",
+                    format!(
+                        "{} comes first and {}s all that it matches, so it never decides",
+                        by.join(" and "),
+                        word(other(first.policy))
+                    ),
+                )
             };
             let severity = if same { Severity::Note } else { Severity::Warning };
             out.push(finding(kind, severity, why, "remove it, or give it a higher priority (a smaller number)"));
         } else if mine.iter().all(|i| !deciding.contains(i)) {
             let why = "rules that come first together match all that it matches, so it never decides".to_owned();
-            out.push(finding("shadowed-rule", Severity::Warning, why, "remove it, or give it a higher priority (a smaller number)"));
+            out.push(finding(
+                "shadowed-rule",
+                Severity::Warning,
+                why,
+                "remove it, or give it a higher priority (a smaller number)",
+            ));
         }
         let exposed: Vec<&(u16, &str, Severity)> =
             SENSITIVE.iter().filter(|(port, ..)| mine.iter().any(|i| open.contains(&(*i, *port)))).collect();
@@ -226,7 +245,8 @@ fn covering<'a>(checked: &Checked, rules: &'a [IntentRule], at: usize) -> Option
 
 fn covers(checked: &Checked, wide: &IntentRule, narrow: &IntentRule) -> bool {
     let protocol = wide.protocol == Protocol::All || wide.protocol == narrow.protocol;
-    let range = |wide: Option<keepwall_core::PortRange>, narrow: Option<keepwall_core::PortRange>| match (wide, narrow) {
+    let range = |wide: Option<keepwall_core::PortRange>, narrow: Option<keepwall_core::PortRange>| match (wide, narrow)
+    {
         (None, _) => true,
         (Some(_), None) => false,
         (Some(wide), Some(narrow)) => wide.first() <= narrow.first() && narrow.last() <= wide.last(),

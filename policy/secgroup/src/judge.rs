@@ -38,11 +38,8 @@ pub fn judge(intent: &Intent, attachment: &Attachment, packet: &Packet) -> Verdi
                 IntentPeer::Set(name) => in_set(name),
             }
     });
-    let reason = |rule: &IntentRule| Reason::Rule {
-        id: rule.id.clone(),
-        label: rule.label.clone(),
-        place: rule.place.clone(),
-    };
+    let reason =
+        |rule: &IntentRule| Reason::Rule { id: rule.id.clone(), label: rule.label.clone(), place: rule.place.clone() };
     match (matched, attachment.default_policy(packet.direction)) {
         (Some(rule), _) if rule.policy == Policy::Accept => Verdict::Allow(reason(rule)),
         (Some(rule), _) => Verdict::Deny(reason(rule)),
@@ -90,9 +87,10 @@ pub fn probes(intent: &Intent) -> Vec<Probe> {
                 (Protocol::Number(number), _) => number,
                 (Protocol::All, _) => 6,
             };
-            let local = rule.local.map(|prefix| prefix.address()).or_else(|| {
-                attachment.addresses.iter().copied().find(|address| Family::of(*address) == family)
-            });
+            let local = rule
+                .local
+                .map(|prefix| prefix.address())
+                .or_else(|| attachment.addresses.iter().copied().find(|address| Family::of(*address) == family));
             let local = local.unwrap_or_else(|| AddrRange::address(family, 0));
             let packet = Packet {
                 direction: Direction::Ingress,
@@ -100,7 +98,9 @@ pub fn probes(intent: &Intent) -> Vec<Probe> {
                 local,
                 protocol,
                 source_port: rule.source_ports.map_or(EPHEMERAL, |range| range.first()),
-                destination_port: rule.ports.map_or(if protocol == 6 { 80 } else { 0 }, |range: PortRange| range.first()),
+                destination_port: rule
+                    .ports
+                    .map_or(if protocol == 6 { 80 } else { 0 }, |range: PortRange| range.first()),
                 icmp: match protocol {
                     1 => Some((8, 0)),
                     58 => Some((128, 0)),

@@ -12,7 +12,7 @@ use keepwall_core::{AddrRange, Family, Prefix, Protocol};
 
 use crate::cells::{Flat, first_match, sweep_peers};
 use crate::check::Checked;
-use crate::intent::{Attachment, Intent, resolve};
+use crate::intent::{Attachment, Intent, IntentPeer, resolve};
 use crate::judge::EPHEMERAL;
 use crate::lower::{flatten, ranges_of};
 use crate::spec::{Direction, Endpoint, Policy, PolicyTest};
@@ -78,10 +78,8 @@ impl<'a> Atlas<'a> {
         self.at.get(&which).map(|(intent, a)| (&self.intents[*intent], &self.intents[*intent].attachments[*a]))
     }
 
-    /// How the interface treats `protocol` with each peer of `within`: ranges with the pieces of their ports,
-    /// together covering all of `within`.
-    #[must_use]
-    pub fn survey(
+    /// How the interface treats `protocol` with each peer of `within`.
+    fn survey(
         &self,
         which: (usize, usize),
         direction: Direction,
@@ -89,82 +87,14 @@ impl<'a> Atlas<'a> {
         local: IpAddr,
         protocol: u8,
     ) -> Vec<(AddrRange, Rc<Vec<Piece>>)> {
-        let Some(family) = within.first().map(|range| range.family) else { return Vec::new() };
-        let Some((intent, attachment)) = self.attachment(which) else {
-            // No groups, no enforcement.
-            let open = Rc::new(vec![Piece { first: 0, last: u16::MAX, allow: true, by: "not protected".into() }]);
-            return within.iter().map(|range| (*range, Rc::clone(&open))).collect();
-        };
-        let (mut flats, decides) = flatten(intent, attachment, direction, family);
-        let mut deciders: Vec<(Policy, String)> =
-            decides.iter().map(|d| (d.policy, d.label.to_owned())).collect();
-        if direction == Direction::Egress {
-            // What comes before all rules, in the same terms.
-            if intent.block_outbound_smtp {
-                flats.insert(0, everything(family, (6, 6), Some((25, 25))));
-                deciders.insert(0, (Policy::Drop, "settings.block_outbound_smtp".into()));
-            }
-            let services = ranges_of(&intent.service_prefixes, family);
-            if !services.is_empty() {
-                flats.insert(0, Flat { peers: services, any_peer: false, ..everything(family, (0, 255), None) });
-                deciders.insert(0, (Policy::Accept, "settings.service_prefixes".into()));
+        match self.attachment(which) {
+            Some((intent, attachment)) => survey(intent, attachment, direction, within, local, protocol),
+            None => {
+                // No groups, no enforcement.
+                let open = Rc::new(vec![Piece { first: 0, last: u16::MAX, allow: true, by: "not protected".into() }]);
+                within.iter().map(|range| (*range, Rc::clone(&open))).collect()
             }
         }
-        let local = AddrRange::number(local);
-        let relevant: Vec<usize> = (0..flats.len())
-            .filter(|i| {
-                let flat = &flats[*i];
-                (flat.protocols.0..=flat.protocols.1).contains(&protocol)
-                    && flat.local.is_none_or(|(first, last)| first <= local && local <= last)
-                    && flat.source_ports.is_none_or(|(first, last)| first <= EPHEMERAL && EPHEMERAL <= last)
-                    && flat.peers.iter().any(|peer| within.iter().any(|w| peer.0 <= w.last && w.first <= peer.1))
-            })
-            .collect();
-        let default = attachment.default_policy(direction) == Policy::Accept;
-        let mut cache: HashMap<Vec<usize>, Rc<Vec<Piece>>> = HashMap::new();
-        let mut pieces_of = |active: &[usize]| -> Rc<Vec<Piece>> {
-            let make = || {
-                let ranges: Vec<(u32, u32, usize)> = (active.iter())
-                    .map(|i| {
-                        let (first, last) = flats[*i].ports.unwrap_or((0, u16::MAX));
-                        (u32::from(first), u32::from(last), *i)
-                    })
-                    .collect();
-                let mut pieces = Vec::new();
-                let mut next = 0u32;
-                let mut push = |first: u32, last: u32, allow: bool, by: &str| {
-                    #[expect(clippy::cast_possible_truncation, reason = "bounds come from u16")]
-                    pieces.push(Piece { first: first as u16, last: last as u16, allow, by: by.to_owned() });
-                };
-                first_match(&ranges, |first, last, rule| {
-                    if next < first {
-                        push(next, first - 1, default, "default");
-                    }
-                    push(first, last, deciders[rule].0 == Policy::Accept, &deciders[rule].1);
-                    next = last + 1;
-                });
-                if next <= u32::from(u16::MAX) {
-                    push(next, u32::from(u16::MAX), default, "default");
-                }
-                Rc::new(pieces)
-            };
-            Rc::clone(cache.entry(active.to_vec()).or_insert_with(make))
-        };
-        let mut known: Vec<(AddrRange, Rc<Vec<Piece>>)> = Vec::new();
-        sweep_peers(&flats, &relevant, family.max(), |(first, last), active| {
-            for w in within {
-                let (first, last) = (first.max(w.first), last.min(w.last));
-                if first <= last {
-                    known.push((AddrRange { family, first, last }, pieces_of(active)));
-                }
-            }
-        });
-        let mut rest: Vec<AddrRange> = within.to_vec();
-        let covered: Vec<AddrRange> = known.iter().map(|(range, _)| *range).collect();
-        subtract(&mut rest, &covered);
-        known.extend(rest.into_iter().map(|range| (range, pieces_of(&[]))));
-        known.sort_by_key(|(range, _)| range.first);
-        known
     }
 
     /// The interfaces that a name stands for.
@@ -207,13 +137,8 @@ impl<'a> Atlas<'a> {
     /// Global unicast addresses less those of instances.
     #[must_use]
     pub fn internet(&self, family: Family) -> Vec<AddrRange> {
-        let parse = |text: &str| text.parse::<Prefix>().map(|p| p.range());
-        let (mut ranges, mut holes): (Vec<AddrRange>, Vec<AddrRange>) = match family {
-            Family::Ipv4 => {
-                (vec![AddrRange::everything(family)], NOT_INTERNET.iter().filter_map(|t| parse(t).ok()).collect())
-            }
-            Family::Ipv6 => (parse("2000::/3").into_iter().collect(), vec![]),
-        };
+        let mut ranges = public(family);
+        let mut holes: Vec<AddrRange> = Vec::new();
         for instance in &self.checked.spec().instances {
             for interface in &instance.interfaces {
                 let all = interface.addresses.iter().chain(&interface.public);
@@ -250,7 +175,8 @@ impl<'a> Atlas<'a> {
                     let Endpoint::Name(name) = from else { continue };
                     for which in self.interfaces(name) {
                         for local in self.locals(which, family) {
-                            for (peer, pieces) in self.survey(which, Direction::Egress, &destinations, local, protocol) {
+                            for (peer, pieces) in self.survey(which, Direction::Egress, &destinations, local, protocol)
+                            {
                                 out.push(Session { family, from: label(which), to: peer.to_string(), pieces });
                             }
                         }
@@ -295,12 +221,186 @@ impl<'a> Atlas<'a> {
                 let leaves = self.survey(source, Direction::Egress, &[AddrRange::host(to)], from, protocol);
                 let enters = self.survey(target, Direction::Ingress, &[AddrRange::host(from)], to, protocol);
                 let (Some((_, leaves)), Some((_, enters))) = (leaves.first(), enters.first()) else { continue };
-                out.push(Session { family, from: label(source), to: label(target), pieces: Rc::new(both(leaves, enters)) });
+                out.push(Session {
+                    family,
+                    from: label(source),
+                    to: label(target),
+                    pieces: Rc::new(both(leaves, enters)),
+                });
             }
         }
         out
     }
 }
+
+/// How an interface treats `protocol` with each peer of `within`: ranges with the pieces of their ports, together
+/// covering all of `within`.
+#[must_use]
+pub fn survey(
+    intent: &Intent,
+    attachment: &Attachment,
+    direction: Direction,
+    within: &[AddrRange],
+    local: IpAddr,
+    protocol: u8,
+) -> Vec<(AddrRange, Rc<Vec<Piece>>)> {
+    let Some(family) = within.first().map(|range| range.family) else { return Vec::new() };
+    let (mut flats, decides) = flatten(intent, attachment, direction, family);
+    let mut deciders: Vec<(Policy, String)> = decides.iter().map(|d| (d.policy, d.label.to_owned())).collect();
+    if direction == Direction::Egress {
+        // What comes before all rules, in the same terms.
+        if intent.block_outbound_smtp {
+            flats.insert(0, everything(family, (6, 6), Some((25, 25))));
+            deciders.insert(0, (Policy::Drop, "settings.block_outbound_smtp".into()));
+        }
+        let services = ranges_of(&intent.service_prefixes, family);
+        if !services.is_empty() {
+            flats.insert(0, Flat { peers: services, any_peer: false, ..everything(family, (0, 255), None) });
+            deciders.insert(0, (Policy::Accept, "settings.service_prefixes".into()));
+        }
+    }
+    let local = AddrRange::number(local);
+    let relevant: Vec<usize> = (0..flats.len())
+        .filter(|i| {
+            let flat = &flats[*i];
+            (flat.protocols.0..=flat.protocols.1).contains(&protocol)
+                && flat.local.is_none_or(|(first, last)| first <= local && local <= last)
+                && flat.source_ports.is_none_or(|(first, last)| first <= EPHEMERAL && EPHEMERAL <= last)
+                && flat.peers.iter().any(|peer| within.iter().any(|w| peer.0 <= w.last && w.first <= peer.1))
+        })
+        .collect();
+    let default = attachment.default_policy(direction) == Policy::Accept;
+    let mut cache: HashMap<Vec<usize>, Rc<Vec<Piece>>> = HashMap::new();
+    let mut pieces_of = |active: &[usize]| -> Rc<Vec<Piece>> {
+        let make = || {
+            let ranges: Vec<(u32, u32, usize)> = (active.iter())
+                .map(|i| {
+                    let (first, last) = flats[*i].ports.unwrap_or((0, u16::MAX));
+                    (u32::from(first), u32::from(last), *i)
+                })
+                .collect();
+            let mut pieces = Vec::new();
+            let mut next = 0u32;
+            let mut push = |first: u32, last: u32, allow: bool, by: &str| {
+                #[expect(clippy::cast_possible_truncation, reason = "bounds come from u16")]
+                pieces.push(Piece { first: first as u16, last: last as u16, allow, by: by.to_owned() });
+            };
+            first_match(&ranges, |first, last, rule| {
+                if next < first {
+                    push(next, first - 1, default, "default");
+                }
+                push(first, last, deciders[rule].0 == Policy::Accept, &deciders[rule].1);
+                next = last + 1;
+            });
+            if next <= u32::from(u16::MAX) {
+                push(next, u32::from(u16::MAX), default, "default");
+            }
+            Rc::new(pieces)
+        };
+        Rc::clone(cache.entry(active.to_vec()).or_insert_with(make))
+    };
+    let mut known: Vec<(AddrRange, Rc<Vec<Piece>>)> = Vec::new();
+    sweep_peers(&flats, &relevant, family.max(), |(first, last), active| {
+        for w in within {
+            let (first, last) = (first.max(w.first), last.min(w.last));
+            if first <= last {
+                known.push((AddrRange { family, first, last }, pieces_of(active)));
+            }
+        }
+    });
+    let mut rest: Vec<AddrRange> = within.to_vec();
+    let covered: Vec<AddrRange> = known.iter().map(|(range, _)| *range).collect();
+    subtract(&mut rest, &covered);
+    known.extend(rest.into_iter().map(|range| (range, pieces_of(&[]))));
+    known.sort_by_key(|(range, _)| range.first);
+    known
+}
+
+/// Global unicast addresses.
+fn public(family: Family) -> Vec<AddrRange> {
+    let parse = |text: &str| text.parse::<Prefix>().map(|p| p.range()).ok();
+    match family {
+        Family::Ipv4 => {
+            let mut ranges = vec![AddrRange::everything(family)];
+            subtract(&mut ranges, &NOT_INTERNET.iter().filter_map(|t| parse(t)).collect::<Vec<_>>());
+            ranges
+        }
+        Family::Ipv6 => parse("2000::/3").into_iter().collect(),
+    }
+}
+
+/// The matrix of one machine from what it is told, without the posture: every peer that a rule names, and the
+/// Internet, to and from each of its interfaces. `others` adds the peers of another intent, so that the matrices
+/// of two can be compared.
+#[must_use]
+pub fn machine_matrix(intent: &Intent, others: Option<&Intent>) -> Matrix {
+    let mut peers: BTreeMap<String, Vec<Prefix>> = BTreeMap::new();
+    for of in [Some(intent), others].into_iter().flatten() {
+        for rule in of.attachments.iter().flat_map(|a| a.ingress.iter().chain(&a.egress)) {
+            match &rule.peer {
+                IntentPeer::Prefix(prefix) if prefix.is_everything() => {}
+                IntentPeer::Prefix(prefix) => {
+                    peers.insert(prefix.to_string(), vec![*prefix]);
+                }
+                IntentPeer::Set(name) => {
+                    // The set as this intent has it; a set that only the other one knows is taken from there.
+                    let members = intent.sets.get(name).or_else(|| of.sets.get(name));
+                    peers.insert(name.clone(), members.cloned().unwrap_or_default());
+                }
+            }
+        }
+    }
+    let mut out = Matrix::new();
+    for attachment in &intent.attachments {
+        for direction in Direction::BOTH {
+            let named = peers.iter().map(|(name, members)| (name.as_str(), Some(members)));
+            for (name, members) in named.chain([("internet", None)]) {
+                let what = machine_open(intent, attachment, direction, members);
+                let key = match direction {
+                    Direction::Ingress => (name.to_owned(), attachment.name.clone()),
+                    Direction::Egress => (attachment.name.clone(), name.to_owned()),
+                };
+                if !what.is_empty() && out.len() < MATRIX_ROWS_MAX {
+                    out.insert(key, what);
+                }
+            }
+        }
+    }
+    out
+}
+
+fn machine_open(
+    intent: &Intent,
+    attachment: &Attachment,
+    direction: Direction,
+    members: Option<&Vec<Prefix>>,
+) -> BTreeSet<String> {
+    let mut sessions: BTreeMap<u8, Vec<Rc<Vec<Piece>>>> = BTreeMap::new();
+    for family in Family::BOTH {
+        let within: Vec<AddrRange> = match members {
+            Some(members) => members.iter().map(Prefix::range).filter(|r| r.family == family).collect(),
+            None => public(family),
+        };
+        let mut locals: Vec<IpAddr> =
+            attachment.addresses.iter().copied().filter(|a| Family::of(*a) == family).collect();
+        if attachment.addresses.is_empty() {
+            locals.push(AddrRange::address(family, 0));
+        }
+        for protocol in PROTOCOLS {
+            if Protocol::Number(protocol).family().is_some_and(|bound| bound != family) {
+                continue;
+            }
+            for local in &locals {
+                let pieces = survey(intent, attachment, direction, &within, *local, protocol);
+                sessions.entry(protocol).or_default().extend(pieces.into_iter().map(|(_, pieces)| pieces));
+            }
+        }
+    }
+    words(&sessions)
+}
+
+/// The protocols that a matrix looks at: those with names, and ESP for "all others".
+const PROTOCOLS: [u8; 6] = [6, 17, 1, 58, 47, 50];
 
 struct Session {
     family: Family,
@@ -378,7 +478,9 @@ pub fn describe(test: &PolicyTest) -> String {
 #[must_use]
 pub fn run_tests(checked: &Checked) -> Vec<TestResult> {
     let atlas = Atlas::new(checked);
-    (checked.spec().tests.iter()).map(|test| TestResult { test: test.clone(), failure: failure(&atlas, test) }).collect()
+    (checked.spec().tests.iter())
+        .map(|test| TestResult { test: test.clone(), failure: failure(&atlas, test) })
+        .collect()
 }
 
 fn failure(atlas: &Atlas<'_>, test: &PolicyTest) -> Option<String> {
@@ -456,23 +558,27 @@ pub fn matrix(checked: &Checked) -> Matrix {
     out
 }
 
-/// What passes from one end to the other. `(part)` marks what only some of a block's addresses may do.
+/// What passes from one end to the other.
 fn open(atlas: &Atlas<'_>, from: &Endpoint, to: &Endpoint) -> BTreeSet<String> {
+    let pieces_of = |protocol| atlas.sessions(from, to, protocol).into_iter().map(|s| s.pieces).collect();
+    words(&PROTOCOLS.map(|protocol| (protocol, pieces_of(protocol))).into_iter().collect())
+}
+
+/// What is open, in words. `(part)` marks what only some of the addresses may do.
+fn words(sessions: &BTreeMap<u8, Vec<Rc<Vec<Piece>>>>) -> BTreeSet<String> {
     let mut out = BTreeSet::new();
     let mut everything = true;
-    for protocol in [6u8, 17, 1, 58, 47, 50] {
-        let sessions = atlas.sessions(from, to, protocol);
-        if sessions.is_empty() {
-            continue;
-        }
-        let allowed: Vec<Vec<(u16, u16)>> = sessions.iter().map(|s| merged(&s.pieces)).collect();
+    for (protocol, sessions) in sessions.iter().filter(|(_, sessions)| !sessions.is_empty()) {
+        let allowed: Vec<Vec<(u16, u16)>> = sessions.iter().map(|pieces| merged(pieces)).collect();
         let mut ranges: Vec<(u16, u16)> = allowed.iter().flatten().copied().collect();
         ranges.sort_unstable();
         ranges.dedup();
-        let name = Protocol::Number(protocol).to_string();
+        let name = match protocol {
+            50 => "other protocols".to_owned(),
+            number => Protocol::Number(*number).to_string(),
+        };
         for range in &ranges {
             let whole = allowed.iter().all(|of| of.iter().any(|r| r.0 <= range.0 && range.1 <= r.1));
-            // Families of one session each: an address that has no IPv6 rule is "part", which the reader wants to know.
             let part = if whole { "" } else { " (part)" };
             let ports = match range {
                 (0 | 1, u16::MAX) => String::new(),
