@@ -5,6 +5,7 @@
 //! and no formats of nf_tables here; what is read is handed on as bytes.
 
 pub mod clock;
+pub mod dial;
 pub mod link;
 pub mod namespace;
 pub mod netlink;

@@ -290,6 +290,9 @@ pub enum LabCommand {
     },
     /// Remove the lab; leaves nothing behind
     Down,
+    /// The lab's listeners, started by the lab itself
+    #[command(hide = true)]
+    Serve,
 }
 
 #[derive(Debug, Subcommand)]

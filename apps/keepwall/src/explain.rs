@@ -57,7 +57,12 @@ pub fn test(context: &Context) -> Result<u8, Failure> {
             match &result.failure {
                 None => ui::out(format!("{} {}", ui::green("✓"), describe(&result.test))),
                 Some(why) => {
-                    ui::out(format!("{} {}  {}", ui::red("✗"), describe(&result.test), ui::dim(&result.test.place.to_string())));
+                    ui::out(format!(
+                        "{} {}  {}",
+                        ui::red("✗"),
+                        describe(&result.test),
+                        ui::dim(&result.test.place.to_string())
+                    ));
                     ui::out(format!("    {why}"));
                 }
             }
@@ -85,7 +90,10 @@ fn show_findings(context: &Context, findings: &[Finding]) {
         return ui::json(&findings);
     }
     if findings.is_empty() {
-        return ui::out(format!("{} Nothing to say: every rule decides something, and none is wide open.", ui::green("✓")));
+        return ui::out(format!(
+            "{} Nothing to say: every rule decides something, and none is wide open.",
+            ui::green("✓")
+        ));
     }
     for finding in findings {
         let severity = match finding.severity {
@@ -112,7 +120,8 @@ fn word(verdict: &Verdict) -> String {
 
 pub fn explain(context: &Context, question: &cli::Question) -> Result<u8, Failure> {
     let checked = posture::load(context.global.posture.as_deref())?;
-    let protocol: Protocol = question.protocol.parse().map_err(|e: keepwall_core::ProtocolError| Failure::plain(e.to_string()))?;
+    let protocol: Protocol =
+        question.protocol.parse().map_err(|e: keepwall_core::ProtocolError| Failure::plain(e.to_string()))?;
     let Protocol::Number(number) = protocol else {
         return Err(Failure::plain("a packet has one protocol; `all` is for rules"));
     };
@@ -161,7 +170,13 @@ pub fn explain(context: &Context, question: &cli::Question) -> Result<u8, Failur
             ui::out("    neither end is an interface of this posture, so nothing here decides it");
         }
         for answer in answers {
-            ui::out(format!("    {} {}: {} by {}", answer.interface, answer.direction, word(&answer.verdict), answer.verdict.reason()));
+            ui::out(format!(
+                "    {} {}: {} by {}",
+                answer.interface,
+                answer.direction,
+                word(&answer.verdict),
+                answer.verdict.reason()
+            ));
             if let Reason::Default(_) = answer.verdict.reason()
                 && !answer.verdict.is_allow()
             {
@@ -170,7 +185,9 @@ pub fn explain(context: &Context, question: &cli::Question) -> Result<u8, Failur
                     Direction::Egress => ("egress", "to", target.address),
                 };
                 let ports = question.port.map_or(String::new(), |p| format!(", ports: {p}"));
-                ui::out(ui::dim(&format!("      to allow it, add under {side}: - {{ policy: accept, protocol: {protocol}{ports}, {key}: {peer} }}")));
+                ui::out(ui::dim(&format!(
+                    "      to allow it, add under {side}: - {{ policy: accept, protocol: {protocol}{ports}, {key}: {peer} }}"
+                )));
             }
         }
     }
@@ -261,9 +278,8 @@ pub fn reach(context: &Context, args: &cli::Reach) -> Result<u8, Failure> {
     let rows: Vec<_> =
         matrix.into_iter().filter(|((from, to), _)| fits(&args.from, from) && fits(&args.to, to)).collect();
     if context.global.json {
-        let rows: Vec<_> = (rows.iter())
-            .map(|((from, to), what)| serde_json::json!({ "from": from, "to": to, "on": what }))
-            .collect();
+        let rows: Vec<_> =
+            (rows.iter()).map(|((from, to), what)| serde_json::json!({ "from": from, "to": to, "on": what })).collect();
         ui::json(&rows);
         return Ok(0);
     }

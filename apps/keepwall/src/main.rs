@@ -1,5 +1,7 @@
 //! `keepwall`: the command line. It reads postures and shows; what changes the kernel is `keepwall-agent`'s.
 
+#![allow(unreachable_pub, missing_docs, reason = "a program: nothing of it is used from outside")]
+
 mod agent;
 mod cli;
 mod explain;
@@ -65,7 +67,7 @@ fn run(context: &Context, command: Command) -> Result<u8, Failure> {
         Command::Flows(flows) => watch::flows(context, &flows),
         Command::Trace(trace) => watch::trace(context, &trace),
         Command::Sg(command) => sg::run(context, command),
-        Command::Lab(command) => lab::run(context, command),
+        Command::Lab(command) => lab::run(context, &command),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "keepwall", &mut std::io::stdout());
             Ok(0)

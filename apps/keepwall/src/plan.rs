@@ -13,12 +13,12 @@ use keepwall_secgroup::spec::{Direction, Policy};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use crate::Context;
 use crate::agent::unexpected;
 use crate::cli;
 use crate::failure::Failure;
 use crate::posture;
 use crate::ui;
-use crate::Context;
 
 /// The format of a saved plan.
 const FORMAT: u32 = 1;
@@ -116,7 +116,9 @@ fn compare(before: Option<&Intent>, after: &Intent) -> Difference {
             });
         }
     }
-    rules.sort_by(|a, b| (&a.interface, a.direction, &a.rule, a.added).cmp(&(&b.interface, b.direction, &b.rule, b.added)));
+    rules.sort_by(|a, b| {
+        (&a.interface, a.direction, &a.rule, a.added).cmp(&(&b.interface, b.direction, &b.rule, b.added))
+    });
     let empty;
     let old_intent = match before {
         Some(intent) => intent,
@@ -130,10 +132,14 @@ fn compare(before: Option<&Intent>, after: &Intent) -> Difference {
         None => Vec::new(),
         Some(_) => difference(&machine_matrix(old_intent, Some(after)), &machine_matrix(after, Some(old_intent))),
     };
-    let reach =
-        reach.into_iter().map(|ReachChange { from, to, what, opened }| ReachChangeRow { from, to, what, opened }).collect();
+    let reach = reach
+        .into_iter()
+        .map(|ReachChange { from, to, what, opened }| ReachChangeRow { from, to, what, opened })
+        .collect();
     let mut other = Vec::new();
-    let names = |intent: &Intent| -> Vec<String> { intent.attachments.iter().map(|a| format!("{} on {}", a.name, a.device)).collect() };
+    let names = |intent: &Intent| -> Vec<String> {
+        intent.attachments.iter().map(|a| format!("{} on {}", a.name, a.device)).collect()
+    };
     let (was, is) = (names(old_intent), names(after));
     other.extend(is.iter().filter(|n| !was.contains(n)).map(|n| format!("interface {n} becomes protected")));
     other.extend(was.iter().filter(|n| !is.contains(n)).map(|n| format!("interface {n} is no longer protected")));
@@ -149,15 +155,22 @@ fn compare(before: Option<&Intent>, after: &Intent) -> Difference {
     }
     if before.is_some() {
         if old_intent.observe != after.observe {
-            other.push(if after.observe { "observe only: nothing is dropped" } else { "enforce: what is denied is dropped" }.into());
+            other.push(
+                if after.observe { "observe only: nothing is dropped" } else { "enforce: what is denied is dropped" }
+                    .into(),
+            );
         }
-        let settings = |i: &Intent| (i.on_deny, i.session_idle_s, i.service_prefixes.clone(), i.block_outbound_smtp, i.flow_log_per_s);
+        let settings = |i: &Intent| {
+            (i.on_deny, i.session_idle_s, i.service_prefixes.clone(), i.block_outbound_smtp, i.flow_log_per_s)
+        };
         if settings(old_intent) != settings(after) {
             other.push("settings change".into());
         }
         if other.is_empty() && rules.is_empty() && old_intent != after {
             // Places, labels, limits: nothing that a packet notices, but the record should say the same as the file.
-            let same_rules = old_intent.attachments.iter().zip(&after.attachments).all(|(a, b)| a.default_policy(Direction::Egress) == b.default_policy(Direction::Egress) && a.inner == b.inner);
+            let same_rules = old_intent.attachments.iter().zip(&after.attachments).all(|(a, b)| {
+                a.default_policy(Direction::Egress) == b.default_policy(Direction::Egress) && a.inner == b.inner
+            });
             if !same_rules {
                 other.push("group types or intra-group access change".into());
             }
@@ -181,7 +194,8 @@ fn show(before: Option<&Intent>, after: &Intent, difference: &Difference) {
                 ui::out(format!("  {heading}"));
                 last = heading;
             }
-            let (sign, rule) = if change.added { (ui::green("+"), change.rule.clone()) } else { (ui::red("-"), change.rule.clone()) };
+            let (sign, rule) =
+                if change.added { (ui::green("+"), change.rule.clone()) } else { (ui::red("-"), change.rule.clone()) };
             ui::out(format!("    {sign} {rule}  {}", ui::dim(&change.place)));
         }
     }
@@ -258,12 +272,17 @@ pub fn plan(context: &Context, args: &cli::Plan) -> Result<u8, Failure> {
             ui::out("  Only names, places or limits change; no packet is treated differently.");
         }
         ui::out("");
-        let (added, removed) = (difference.rules.iter().filter(|r| r.added).count(), difference.rules.iter().filter(|r| !r.added).count());
+        let (added, removed) =
+            (difference.rules.iter().filter(|r| r.added).count(), difference.rules.iter().filter(|r| !r.added).count());
         let tests = match tests {
             0 => "the posture has no tests".to_owned(),
             n => format!("{n} policy tests pass"),
         };
-        ui::out(format!("Plan: {} to add, {} to remove; {tests}.", ui::green(&added.to_string()), ui::red(&removed.to_string())));
+        ui::out(format!(
+            "Plan: {} to add, {} to remove; {tests}.",
+            ui::green(&added.to_string()),
+            ui::red(&removed.to_string())
+        ));
     }
     if let Some(path) = &args.out {
         let saved = Saved { format: FORMAT, base: status.generation, digest: digest(&intent)?, intent };
@@ -275,7 +294,9 @@ pub fn plan(context: &Context, args: &cli::Plan) -> Result<u8, Failure> {
 }
 
 fn read_plan(path: &Path) -> Result<Saved, Failure> {
-    let bad = |why: String| Failure::new(format!("{}: {why}", path.display()), "make a new plan with `keepwall plan --out FILE`");
+    let bad = |why: String| {
+        Failure::new(format!("{}: {why}", path.display()), "make a new plan with `keepwall plan --out FILE`")
+    };
     let size = std::fs::metadata(path).map_err(|e| bad(e.to_string()))?.len();
     if size > PLAN_BYTES_MAX {
         return Err(bad(format!("{size} bytes are more than any plan has")));
@@ -298,7 +319,10 @@ fn agreed(question: &str, yes: bool) -> Result<bool, Failure> {
         return Ok(true);
     }
     if !std::io::stdin().is_terminal() {
-        return Err(Failure::new("this would change what the machine enforces, and there is nobody to ask", "look at `keepwall plan`, then add --yes"));
+        return Err(Failure::new(
+            "this would change what the machine enforces, and there is nobody to ask",
+            "look at `keepwall plan`, then add --yes",
+        ));
     }
     ui::say(format!("{question} [y/N] "));
     let mut line = String::new();
@@ -353,7 +377,11 @@ fn say_applied(applied: &Applied) {
     ui::out(format!("{} Applied: {} is in force.", ui::green("✓"), applied.generation));
     if applied.sessions_cut > 0 {
         let s = if applied.sessions_cut == 1 { "" } else { "s" };
-        ui::out(format!("  {} established session{s} ended: the change denies what {} allowed.", applied.sessions_cut, if s.is_empty() { "was" } else { "were" }));
+        ui::out(format!(
+            "  {} established session{s} ended: the change denies what {} allowed.",
+            applied.sessions_cut,
+            if s.is_empty() { "was" } else { "were" }
+        ));
     }
     for warning in &applied.warnings {
         ui::out(format!("  {} {warning}", ui::yellow("!")));
@@ -385,7 +413,10 @@ pub fn say_foreign(drops: &[ForeignDrop]) {
     for drop in drops.iter().take(SHOWN) {
         let rule = drop.rule.map_or("its policy".to_owned(), |n| format!("rule {n}"));
         let sure = if drop.certain { "drops" } else { "may drop" };
-        ui::out(format!("  table {} chain {} ({rule}) {sure} {}  — allowed by {}", drop.table, drop.chain, drop.example, drop.ours));
+        ui::out(format!(
+            "  table {} chain {} ({rule}) {sure} {}  — allowed by {}",
+            drop.table, drop.chain, drop.example, drop.ours
+        ));
     }
     if drops.len() > SHOWN {
         ui::out(format!("  … and {} more (keepwall status --json)", drops.len() - SHOWN));
@@ -397,8 +428,7 @@ pub fn confirm(context: &Context, args: &cli::Confirm) -> Result<u8, Failure> {
     let Some(pending) = status(context)?.pending else {
         return Err(Failure::new("nothing waits for a confirmation", "see `keepwall status`"));
     };
-    let request =
-        Request::Confirm { generation: pending.generation, danger_same_session: args.danger_same_session };
+    let request = Request::Confirm { generation: pending.generation, danger_same_session: args.danger_same_session };
     done(context, request)
 }
 

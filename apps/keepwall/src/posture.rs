@@ -48,7 +48,11 @@ pub fn read(path: &Path) -> Result<Vec<SourceFile>, Failure> {
         let size = fs::metadata(&path).map_err(|error| failed(&path, error))?.len();
         if size > keepwall_posture::FILE_BYTES_MAX as u64 {
             return Err(Failure::new(
-                format!("{} has {size} bytes; a posture file has at most {}", path.display(), keepwall_posture::FILE_BYTES_MAX),
+                format!(
+                    "{} has {size} bytes; a posture file has at most {}",
+                    path.display(),
+                    keepwall_posture::FILE_BYTES_MAX
+                ),
                 "split it into several files in a directory",
             ));
         }

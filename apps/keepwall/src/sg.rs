@@ -35,6 +35,7 @@ pub fn run(context: &Context, command: Sg) -> Result<u8, Failure> {
                 description: create.description,
                 kind: if create.advanced { GroupType::Advanced } else { GroupType::Basic },
                 inner_access: None,
+                members: vec![],
                 ingress: vec![],
                 egress: vec![],
             };
@@ -45,7 +46,9 @@ pub fn run(context: &Context, command: Sg) -> Result<u8, Failure> {
         Sg::Clone { group, new_name } => {
             let desk = Desk::open(context)?;
             let at = desk.file_of(&group)?;
-            desk.change(at, None, &format!("{new_name} is a copy of {group}"), |text| edit::clone_group(text, &group, &new_name))
+            desk.change(at, None, &format!("{new_name} is a copy of {group}"), |text| {
+                edit::clone_group(text, &group, &new_name)
+            })
         }
         Sg::Delete { group } => delete(context, &group),
         Sg::InnerAccess { group, access } => {
@@ -127,7 +130,9 @@ impl Desk {
             posture::write(Path::new(&*file.name), &edited.text)?;
         }
         if self.json {
-            ui::json(&serde_json::json!({ "changed": edited.changed, "file": &*file.name, "line": edited.line, "done": said }));
+            ui::json(
+                &serde_json::json!({ "changed": edited.changed, "file": &*file.name, "line": edited.line, "done": said }),
+            );
         } else if edited.changed {
             let line = if edited.line > 0 { format!(":{}", edited.line) } else { String::new() };
             ui::out(format!("{} {said} ({}{line}).", ui::green("✓"), file.name));
@@ -139,7 +144,11 @@ impl Desk {
     }
 
     fn snapshot_directory(&self, group: &str) -> PathBuf {
-        let beside = if self.root.is_dir() { self.root.clone() } else { self.root.parent().unwrap_or(Path::new(".")).to_owned() };
+        let beside = if self.root.is_dir() {
+            self.root.clone()
+        } else {
+            self.root.parent().unwrap_or(Path::new(".")).to_owned()
+        };
         beside.join(".keepwall").join("snapshots").join(group)
     }
 
@@ -186,17 +195,20 @@ fn list(context: &Context) -> Result<u8, Failure> {
     let checked = posture::load(context.global.posture.as_deref())?;
     let rows: Vec<_> = (checked.spec().groups.iter())
         .map(|group| {
-            let members: Vec<String> = checked.members_of(&group.name).map(|(i, x)| format!("{}/{}", i.name, x.name)).collect();
+            let members: Vec<String> =
+                checked.members_of(&group.name).map(|(i, x)| format!("{}/{}", i.name, x.name)).collect();
             (group, members)
         })
         .collect();
     if context.global.json {
         let rows: Vec<_> = (rows.iter())
-            .map(|(g, members)| serde_json::json!({
-                "name": g.name, "type": g.kind, "inner_access": g.inner_access(), "description": g.description,
-                "members": members, "ingress_rules": g.ingress.len(), "egress_rules": g.egress.len(),
-                "place": g.place.to_string(),
-            }))
+            .map(|(g, members)| {
+                serde_json::json!({
+                    "name": g.name, "type": g.kind, "inner_access": g.inner_access(), "description": g.description,
+                    "members": members, "ingress_rules": g.ingress.len(), "egress_rules": g.egress.len(),
+                    "place": g.place.to_string(),
+                })
+            })
             .collect();
         ui::json(&rows);
         return Ok(0);
@@ -234,7 +246,9 @@ fn show(context: &Context, name: &str) -> Result<u8, Failure> {
                 serde_json::json!({ "direction": direction, "rule": rule, "packets": counters.get(&rule.id).map(|c| c.0) })
             })
             .collect();
-        ui::json(&serde_json::json!({ "name": group.name, "type": group.kind, "inner_access": group.inner_access(), "rules": rules }));
+        ui::json(
+            &serde_json::json!({ "name": group.name, "type": group.kind, "inner_access": group.inner_access(), "rules": rules }),
+        );
         return Ok(0);
     }
     ui::out(format!("{}  {}", ui::bold(&group.name), group.description));
@@ -262,12 +276,20 @@ fn show(context: &Context, name: &str) -> Result<u8, Failure> {
             _ => "drop",
         };
         rows.push(implicit("everything else", default));
-        let heading = if direction == Direction::Ingress { "Inbound, in the order of evaluation" } else { "Outbound, in the order of evaluation" };
+        let heading = if direction == Direction::Ingress {
+            "Inbound, in the order of evaluation"
+        } else {
+            "Outbound, in the order of evaluation"
+        };
         ui::table(&["Rule", "Does", heading, "Packets", "Written at"], &rows);
     }
     let members: Vec<String> = checked.members_of(&group.name).map(|(i, x)| format!("{}/{}", i.name, x.name)).collect();
     ui::out("");
-    ui::out(format!("{} {}", ui::bold("Members:"), if members.is_empty() { "none".into() } else { members.join(", ") }));
+    ui::out(format!(
+        "{} {}",
+        ui::bold("Members:"),
+        if members.is_empty() { "none".into() } else { members.join(", ") }
+    ));
     Ok(0)
 }
 
@@ -282,11 +304,19 @@ fn delete(context: &Context, name: &str) -> Result<u8, Failure> {
         ));
     }
     let named_by: Vec<&str> = (desk.checked.spec().groups.iter())
-        .filter(|g| g.ingress.iter().chain(&g.egress).any(|r| r.peers.iter().any(|p| p.peer == keepwall_secgroup::spec::Peer::Group(name.into()))))
+        .filter(|g| {
+            g.ingress
+                .iter()
+                .chain(&g.egress)
+                .any(|r| r.peers.iter().any(|p| p.peer == keepwall_secgroup::spec::Peer::Group(name.into())))
+        })
         .map(|g| g.name.as_str())
         .collect();
     if !named_by.is_empty() {
-        return Err(Failure::new(format!("rules of {} name group {name}", named_by.join(", ")), "remove those rules first"));
+        return Err(Failure::new(
+            format!("rules of {} name group {name}", named_by.join(", ")),
+            "remove those rules first",
+        ));
     }
     desk.change(at, Some(name), &format!("group {name} is deleted"), |text| edit::delete_group(text, name))
 }
@@ -318,17 +348,23 @@ fn member(context: &Context, membership: &Membership, joins: bool) -> Result<u8,
     let at = desk.index(&found.place.file);
     let group = &membership.group;
     if joins {
-        return desk.change(at, None, &format!("{instance}/{interface} is in {group}"), |text| edit::join(text, instance, &interface, group));
+        return desk.change(at, None, &format!("{instance}/{interface} is in {group}"), |text| {
+            edit::join(text, instance, &interface, group)
+        });
     }
     // The last group cannot be left (semantics §1.6): the interface would be open.
     let groups: Vec<&str> = desk.checked.groups_of(number, n).map(|g| g.name.as_str()).collect();
     if groups == [group.as_str()] {
         return Err(Failure::new(
-            format!("{group} is the last group of {instance}/{interface}; without one, nothing would be filtered on it"),
+            format!(
+                "{group} is the last group of {instance}/{interface}; without one, nothing would be filtered on it"
+            ),
             "join another group first",
         ));
     }
-    desk.change(at, None, &format!("{instance}/{interface} is not in {group}"), |text| edit::leave(text, instance, &interface, group))
+    desk.change(at, None, &format!("{instance}/{interface} is not in {group}"), |text| {
+        edit::leave(text, instance, &interface, group)
+    })
 }
 
 /// Words of the command line as a rule. Goes through the same reading as a snapshot's rules.
@@ -342,7 +378,9 @@ fn rule(
     source_ports: Option<&str>,
     description: &str,
 ) -> Result<NewRule, Failure> {
-    let words = |text: &str| -> Vec<String> { text.split(',').map(|w| w.trim().to_owned()).filter(|w| !w.is_empty()).collect() };
+    let words = |text: &str| -> Vec<String> {
+        text.split(',').map(|w| w.trim().to_owned()).filter(|w| !w.is_empty()).collect()
+    };
     let protocol: keepwall_core::Protocol =
         protocol.parse().map_err(|e: keepwall_core::ProtocolError| Failure::plain(e.to_string()))?;
     let ports = match ports {
@@ -480,7 +518,9 @@ fn snapshots(context: &Context, group: &str) -> Result<u8, Failure> {
         ui::out(format!("There are no snapshots of {group} yet: one is made before keepwall changes its rules."));
     } else {
         let rows: Vec<Vec<String>> = (rows.iter())
-            .map(|(id, s)| vec![id.to_string(), utc(s.taken_at_s), s.ingress.len().to_string(), s.egress.len().to_string()])
+            .map(|(id, s)| {
+                vec![id.to_string(), utc(s.taken_at_s), s.ingress.len().to_string(), s.egress.len().to_string()]
+            })
             .collect();
         ui::table(&["Snapshot", "Taken (UTC)", "Rules in", "Rules out"], &rows);
     }
@@ -495,9 +535,13 @@ fn restore(context: &Context, group: &str, id: &str) -> Result<u8, Failure> {
     }
     let path = desk.snapshot_directory(group).join(format!("{id}.json"));
     let text = std::fs::read_to_string(&path).map_err(|_| {
-        Failure::new(format!("there is no snapshot {id} of {group}"), format!("see `keepwall sg snapshot list {group}`"))
+        Failure::new(
+            format!("there is no snapshot {id} of {group}"),
+            format!("see `keepwall sg snapshot list {group}`"),
+        )
     })?;
-    let snapshot = GroupSnapshot::parse(&text).map_err(|error| Failure::plain(format!("{}: {error}", path.display())))?;
+    let snapshot =
+        GroupSnapshot::parse(&text).map_err(|error| Failure::plain(format!("{}: {error}", path.display())))?;
     desk.change(at, Some(group), &format!("{group} has the rules of {}", utc(snapshot.taken_at_s)), |text| {
         edit::replace_rules(text, group, &snapshot.ingress, &snapshot.egress)
     })

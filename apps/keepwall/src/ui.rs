@@ -65,7 +65,10 @@ fn width(text: &str) -> usize {
             (true, 'm') => escape = false,
             (true, _) => {}
             (false, '\x1b') => escape = true,
-            (false, c) => width += if ('\u{1100}'..='\u{115f}').contains(&c) || ('\u{2e80}'..='\u{ffdc}').contains(&c) { 2 } else { 1 },
+            (false, c) => {
+                width +=
+                    if ('\u{1100}'..='\u{115f}').contains(&c) || ('\u{2e80}'..='\u{ffdc}').contains(&c) { 2 } else { 1 }
+            }
         }
     }
     width

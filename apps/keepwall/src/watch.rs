@@ -24,7 +24,10 @@ pub fn status(context: &Context) -> Result<u8, Failure> {
         _ => ui::yellow("○ observing: nothing is applied"),
     };
     let instance = status.instance.as_deref().map_or(String::new(), |i| format!(" as {i}"));
-    ui::out(format!("{mode}{instance}  {}", ui::dim(&format!("agent {} (process {}), up {} s", status.version, status.pid, status.uptime_s))));
+    ui::out(format!(
+        "{mode}{instance}  {}",
+        ui::dim(&format!("agent {} (process {}), up {} s", status.version, status.pid, status.uptime_s))
+    ));
     if let Some(pending) = &status.pending {
         ui::out(format!(
             "{} {} reverts in {} s unless somebody runs `keepwall confirm` in a new session",
@@ -65,8 +68,12 @@ fn say_drift(drift: &Drift) {
     match drift {
         Drift::NoTable => {}
         Drift::None => ui::out(format!("  {} the kernel holds just this", ui::green("✓"))),
-        Drift::Repaired(what) => ui::out(format!("  {} somebody changed our table; repaired: {}", ui::yellow("!"), what.join("; "))),
-        Drift::Contested(what) => ui::out(format!("  {} somebody keeps changing our table: {}", ui::red("✗"), what.join("; "))),
+        Drift::Repaired(what) => {
+            ui::out(format!("  {} somebody changed our table; repaired: {}", ui::yellow("!"), what.join("; ")))
+        }
+        Drift::Contested(what) => {
+            ui::out(format!("  {} somebody keeps changing our table: {}", ui::red("✗"), what.join("; ")))
+        }
     }
 }
 
@@ -104,33 +111,49 @@ pub fn debug(context: &Context) -> Result<u8, Failure> {
     let loaded = intent(context);
     let observed = context.agent.ask(Request::Verify);
     let rows = [
-        ("declared", match &declared {
-            Ok(checked) => format!("{} groups, {} rules as written", checked.spec().groups.len(), checked.spec().groups.iter().map(|g| g.ingress.len() + g.egress.len()).sum::<usize>()),
-            Err(failure) => {
-                oddities.push(format!("the posture cannot be used: {}", failure.message));
-                "not usable".into()
-            }
-        }),
-        ("resolved", match &resolved {
-            Some(intent) => count(intent),
-            None => "not possible".into(),
-        }),
-        ("loaded", match &loaded {
-            Ok(Some(intent)) => count(intent),
-            Ok(None) => "nothing is applied".into(),
-            Err(failure) => {
-                oddities.push(failure.message.clone());
-                "unknown".into()
-            }
-        }),
-        ("observed", match &observed {
-            Ok(Response::Verified(drift)) => format!("{drift:?}"),
-            Ok(_) => "unknown".into(),
-            Err(failure) => {
-                oddities.push(failure.message.clone());
-                "unknown".into()
-            }
-        }),
+        (
+            "declared",
+            match &declared {
+                Ok(checked) => format!(
+                    "{} groups, {} rules as written",
+                    checked.spec().groups.len(),
+                    checked.spec().groups.iter().map(|g| g.ingress.len() + g.egress.len()).sum::<usize>()
+                ),
+                Err(failure) => {
+                    oddities.push(format!("the posture cannot be used: {}", failure.message));
+                    "not usable".into()
+                }
+            },
+        ),
+        (
+            "resolved",
+            match &resolved {
+                Some(intent) => count(intent),
+                None => "not possible".into(),
+            },
+        ),
+        (
+            "loaded",
+            match &loaded {
+                Ok(Some(intent)) => count(intent),
+                Ok(None) => "nothing is applied".into(),
+                Err(failure) => {
+                    oddities.push(failure.message.clone());
+                    "unknown".into()
+                }
+            },
+        ),
+        (
+            "observed",
+            match &observed {
+                Ok(Response::Verified(drift)) => format!("{drift:?}"),
+                Ok(_) => "unknown".into(),
+                Err(failure) => {
+                    oddities.push(failure.message.clone());
+                    "unknown".into()
+                }
+            },
+        ),
     ];
     if let (Some(resolved), Ok(Some(loaded))) = (&resolved, &loaded)
         && resolved != loaded
@@ -151,7 +174,12 @@ pub fn debug(context: &Context) -> Result<u8, Failure> {
 fn count(intent: &Intent) -> String {
     let rules: usize = intent.attachments.iter().map(|a| a.ingress.len() + a.egress.len()).sum();
     let members: usize = intent.sets.values().map(Vec::len).sum();
-    format!("{}: {} interfaces, {rules} rules, {members} addresses in {} sets", intent.instance, intent.attachments.len(), intent.sets.len())
+    format!(
+        "{}: {} interfaces, {rules} rules, {members} addresses in {} sets",
+        intent.instance,
+        intent.attachments.len(),
+        intent.sets.len()
+    )
 }
 
 pub fn counters(context: &Context) -> Result<u8, Failure> {
@@ -172,12 +200,21 @@ pub fn counters(context: &Context) -> Result<u8, Failure> {
         for direction in Direction::BOTH {
             for rule in attachment.rules(direction) {
                 let (packets, bytes) = counters.rules.get(&rule.id).copied().unwrap_or_default();
-                rows.push(vec![rule.label.clone(), packets.to_string(), bytes.to_string(), say_rule(rule, direction), ui::dim(&rule.place.to_string())]);
+                rows.push(vec![
+                    rule.label.clone(),
+                    packets.to_string(),
+                    bytes.to_string(),
+                    say_rule(rule, direction),
+                    ui::dim(&rule.place.to_string()),
+                ]);
             }
         }
     }
     ui::table(&["Rule", "Packets", "Bytes", "Says", "Written at"], &rows);
-    ui::out(ui::dim(&format!("Since {} s. First packets of sessions: established ones ask no rule.", counters.since_s)));
+    ui::out(ui::dim(&format!(
+        "Since {} s. First packets of sessions: established ones ask no rule.",
+        counters.since_s
+    )));
     Ok(0)
 }
 
@@ -191,14 +228,17 @@ pub fn flows(context: &Context, args: &cli::Flows) -> Result<u8, Failure> {
         verdict
             && args.port.is_none_or(|port| flow.source_port == port || flow.destination_port == port)
             && args.address.is_none_or(|address| flow.source == address || flow.destination == address)
-            && args.group.as_ref().is_none_or(|group| flow.rule.starts_with(&format!("{group}/")) || flow.rule.starts_with(&format!("rule {group}/")))
+            && args.group.as_ref().is_none_or(|group| {
+                flow.rule.starts_with(&format!("{group}/")) || flow.rule.starts_with(&format!("rule {group}/"))
+            })
     };
     if args.established {
         let flows = match context.agent.ask(Request::Sessions)? {
             Response::Sessions(flows) => flows,
             other => return Err(unexpected(&other)),
         };
-        let flows: Vec<Flow> = flows.into_iter().filter(|f| fits(f)).take(args.count.unwrap_or(u64::MAX) as usize).collect();
+        let flows: Vec<Flow> =
+            flows.into_iter().filter(|f| fits(f)).take(args.count.unwrap_or(u64::MAX) as usize).collect();
         if context.global.json {
             ui::json(&flows);
         } else {
@@ -219,7 +259,9 @@ pub fn flows(context: &Context, args: &cli::Flows) -> Result<u8, Failure> {
                 }
                 left = left.saturating_sub(1);
             }
-            Event::Lost(count) => ui::say(format!("({count} times the kernel was faster than this command; some flows were not seen)")),
+            Event::Lost(count) => {
+                ui::say(format!("({count} times the kernel was faster than this command; some flows were not seen)"))
+            }
             Event::Flow(_) | Event::Trace(_) => {}
         }
         left > 0
@@ -311,7 +353,11 @@ pub fn trace(context: &Context, args: &cli::Trace) -> Result<u8, Failure> {
         let (Some(kernel), Some(model)) = (kernel.get(packet), model.get(packet)) else { continue };
         let agree = model.starts_with(kernel.as_str());
         disagree |= !agree;
-        let mark = if agree { ui::green("✓ model and kernel agree") } else { ui::red("✗ model and kernel disagree: please report this") };
+        let mark = if agree {
+            ui::green("✓ model and kernel agree")
+        } else {
+            ui::red("✗ model and kernel disagree: please report this")
+        };
         ui::say(format!("{mark}: kernel {kernel}; model {model}"));
     }
     Ok(if disagree { 3 } else { 0 })

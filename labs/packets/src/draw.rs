@@ -144,6 +144,75 @@ fn protocol(dice: &mut Dice) -> Protocol {
     }
 }
 
+/// Draws case number `n` of a seed: mostly small policies, every 20th with hundreds of rules, every 53rd so large
+/// that peers are looked up by class.
+#[must_use]
+pub fn numbered(dice: &mut Dice, n: usize) -> Case {
+    if n % 53 == 7 {
+        classes(dice)
+    } else if n % 20 == 3 {
+        let rules = 30 + dice.below(60);
+        case(dice, rules)
+    } else {
+        let rules = 1 + dice.below(12);
+        case(dice, rules)
+    }
+}
+
+/// Entries of a list that makes classes: times its ports, more than a direct map takes.
+const CLASS_ENTRIES: usize = 160;
+/// Rules, one port each, about such a list. 160 × 110 = 17,600 cells are more than `lower`'s 16,384.
+const CLASS_PORTS: u16 = 110;
+
+/// Draws a policy whose peers the lowering sorts into classes: long prefix lists, many ports each.
+#[must_use]
+pub fn classes(dice: &mut Dice) -> Case {
+    loop {
+        let mut drawn = spec(dice, 3);
+        let family = family(dice);
+        let mut entries: Vec<Prefix> = (0..2 * CLASS_ENTRIES).map(|_| prefix(dice, family)).collect();
+        entries.retain(|prefix| prefix.len() > 8);
+        entries.sort();
+        entries.dedup();
+        // Half whole blocks within others, half single hosts.
+        let hosts = (0..CLASS_ENTRIES).map(|_| Prefix::host(address(dice, family)));
+        entries = entries.into_iter().take(40).chain(hosts).collect();
+        entries.sort();
+        entries.dedup();
+        drawn.prefix_lists.push(PrefixList {
+            name: "many".into(),
+            place: place(99),
+            description: String::new(),
+            family,
+            max_entries: 200,
+            entries: entries.into_iter().take(200).map(|prefix| (prefix, place(99))).collect(),
+        });
+        let direction = *dice.pick(&Direction::BOTH);
+        let attached = drawn.instances[dice.below(3)].interfaces[0].groups[0].name.clone();
+        let Some(group) = drawn.groups.iter_mut().find(|group| group.name == attached) else { continue };
+        let rules = if direction == Direction::Ingress { &mut group.ingress } else { &mut group.egress };
+        for n in 0..CLASS_PORTS {
+            // Every second port is a range; no two touch, so that no two cells become one.
+            let first = 1000 + 10 * n;
+            let range = PortRange::new(first, first + 3 * (n % 2)).expect("in order");
+            rules.push(Rule {
+                place: place(100 + usize::from(n)),
+                policy: if n % 3 == 0 { Policy::Drop } else { Policy::Accept },
+                priority: *dice.pick(&[1, 2, 50]),
+                protocol: if n % 5 == 0 { Protocol::UDP } else { Protocol::TCP },
+                ports: vec![PortSel::Range(range)],
+                source_ports: vec![],
+                peers: vec![PeerRef { peer: Peer::PrefixList("many".into()), place: place(100) }],
+                local: None,
+                description: String::new(),
+            });
+        }
+        if let Ok(checked) = check(drawn) {
+            return Case { checked };
+        }
+    }
+}
+
 /// Draws a policy of about `rules` rules a group.
 #[must_use]
 pub fn case(dice: &mut Dice, rules: usize) -> Case {
@@ -347,13 +416,13 @@ pub enum Path {
     Input,
     /// From the host to outside.
     Output,
-    /// From outside to guest 1.
+    /// From outside to a guest.
     ToGuest,
-    /// From guest 1 to outside.
+    /// From a guest to outside.
     FromGuest,
-    /// From guest 1 to guest 2: both must agree.
+    /// From a guest to the other: both must agree.
     Between,
-    /// From guest 1 to the host itself: the guest's egress decides.
+    /// From a guest to the host itself: the guest's egress decides.
     GuestToHost,
 }
 
@@ -368,6 +437,8 @@ impl Path {
 pub struct Trip {
     /// Through what.
     pub path: Path,
+    /// Which guest is meant (1 or 2); between guests, the one that sends.
+    pub guest: usize,
     /// Sender's address.
     pub source: IpAddr,
     /// Receiver's address.
@@ -412,11 +483,13 @@ fn carried(case: &Case, address: IpAddr) -> bool {
     in_blocks && !own
 }
 
-/// Draws a packet; half of them sit on the edge of some rule.
+/// Draws a packet; three of four sit on the edge of some rule.
 #[must_use]
 pub fn trip(dice: &mut Dice, case: &Case, path: Path) -> Trip {
     let spec = case.checked.spec();
     let family = family(dice);
+    let guest = 1 + dice.below(GUEST_DEVICES.len());
+    let other = 3 - guest;
     let own = |n: usize, dice: &mut Dice| -> IpAddr {
         let all = &spec.instances[n].interfaces[0].addresses;
         let of_family: Vec<IpAddr> = all.iter().copied().filter(|a| Family::of(*a) == family).collect();
@@ -426,15 +499,10 @@ pub fn trip(dice: &mut Dice, case: &Case, path: Path) -> Trip {
     let (subject, direction) = match path {
         Path::Input => (0, Direction::Ingress),
         Path::Output => (0, Direction::Egress),
-        Path::ToGuest => (1, Direction::Ingress),
-        Path::FromGuest | Path::GuestToHost => (1, Direction::Egress),
-        Path::Between => {
-            if dice.one_in(2) {
-                (1, Direction::Egress)
-            } else {
-                (2, Direction::Ingress)
-            }
-        }
+        Path::ToGuest => (guest, Direction::Ingress),
+        Path::FromGuest | Path::GuestToHost => (guest, Direction::Egress),
+        Path::Between if dice.one_in(2) => (guest, Direction::Egress),
+        Path::Between => (other, Direction::Ingress),
     };
     let mut peer = address(dice, family);
     let mut protocol = *dice.pick(&[6, 6, 6, 17, 17, 1, 47, 50, 89, 253]);
@@ -492,10 +560,10 @@ pub fn trip(dice: &mut Dice, case: &Case, path: Path) -> Trip {
     let (source, destination) = match path {
         Path::Input => (peer, own(0, dice)),
         Path::Output => (own(0, dice), peer),
-        Path::ToGuest => (peer, own(1, dice)),
-        Path::FromGuest => (own(1, dice), peer),
-        Path::Between => (own(1, dice), own(2, dice)),
-        Path::GuestToHost => (own(1, dice), own(0, dice)),
+        Path::ToGuest => (peer, own(guest, dice)),
+        Path::FromGuest => (own(guest, dice), peer),
+        Path::Between => (own(guest, dice), own(other, dice)),
+        Path::GuestToHost => (own(guest, dice), own(0, dice)),
     };
     // Each family has its own ICMP, and a kernel drops the other's unseen.
     if protocol == 1 && family == Family::Ipv6 {
@@ -503,13 +571,17 @@ pub fn trip(dice: &mut Dice, case: &Case, path: Path) -> Trip {
     } else if protocol == 58 && family == Family::Ipv4 {
         protocol = 1;
     }
+    // Mostly echo requests; else a path-MTU error, a timestamp request, neighbour and multicast listener discovery.
     let icmp = match protocol {
-        1 => Some((8, 0)),
-        58 => Some((128, 0)),
+        1 => Some(*dice.pick(&[(8, 0), (8, 0), (8, 0), (3, 4), (13, 0)])),
+        58 => Some(*dice.pick(&[(128, 0), (128, 0), (128, 0), (2, 0), (135, 0), (143, 0)])),
         _ => None,
     };
+    if protocol == 17 && dice.one_in(40) {
+        ports = *dice.pick(&[(67, 68), (68, 67), (546, 547), (547, 546)]);
+    }
     let (source_port, destination_port) = if protocol == 6 || protocol == 17 { ports } else { (0, 0) };
-    Trip { path, source, destination, protocol, source_port, destination_port, icmp }
+    Trip { path, guest, source, destination, protocol, source_port, destination_port, icmp }
 }
 
 fn edge_port(dice: &mut Dice, port: u16) -> u16 {

@@ -31,9 +31,11 @@ pub fn expected(case: &Case, trip: &Trip) -> bool {
     match trip.path {
         Path::Input => allows(HOST, Direction::Ingress),
         Path::Output => allows(HOST, Direction::Egress),
-        Path::ToGuest => allows(HOST + 1, Direction::Ingress),
-        Path::FromGuest | Path::GuestToHost => allows(HOST + 1, Direction::Egress),
-        Path::Between => allows(HOST + 1, Direction::Egress) && allows(HOST + 2, Direction::Ingress),
+        Path::ToGuest => allows(HOST + trip.guest, Direction::Ingress),
+        Path::FromGuest | Path::GuestToHost => allows(HOST + trip.guest, Direction::Egress),
+        Path::Between => {
+            allows(HOST + trip.guest, Direction::Egress) && allows(HOST + 3 - trip.guest, Direction::Ingress)
+        }
     }
 }
 
@@ -138,13 +140,14 @@ fn sum(bytes: &[u8], start: u32) -> u16 {
 #[must_use]
 pub fn interpreted(table: &Table, trip: &Trip) -> bool {
     let (network, transport) = bytes(trip, 0);
+    let guest = GUEST_DEVICES[trip.guest - 1];
     let (iif, oif, hook) = match trip.path {
         Path::Input => (HOST_DEVICE, "", Hook::Input),
         Path::Output => ("", HOST_DEVICE, Hook::Output),
-        Path::ToGuest => (HOST_DEVICE, GUEST_DEVICES[0], Hook::Forward),
-        Path::FromGuest => (GUEST_DEVICES[0], HOST_DEVICE, Hook::Forward),
-        Path::Between => (GUEST_DEVICES[0], GUEST_DEVICES[1], Hook::Forward),
-        Path::GuestToHost => (GUEST_DEVICES[0], "", Hook::Input),
+        Path::ToGuest => (HOST_DEVICE, guest, Hook::Forward),
+        Path::FromGuest => (guest, HOST_DEVICE, Hook::Forward),
+        Path::Between => (guest, GUEST_DEVICES[2 - trip.guest], Hook::Forward),
+        Path::GuestToHost => (guest, "", Hook::Input),
     };
     let original_destination = match trip.destination {
         IpAddr::V4(a) => a.octets().to_vec(),

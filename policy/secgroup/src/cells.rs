@@ -108,6 +108,8 @@ pub(crate) fn cut(rules: &[Flat], max: u128, cells_max: usize) -> Result<Cells, 
         classes[class].1.push(range);
     });
 
+    // By their rules and not by their addresses, so that a member with a low address renumbers no class.
+    classes.sort_unstable();
     for (active, peers) in classes {
         let order = merged(&active, &any);
         let plain: Vec<usize> = order.iter().copied().filter(|i| !rules[*i].is_exact()).collect();

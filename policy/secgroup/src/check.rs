@@ -38,7 +38,7 @@ impl std::fmt::Display for Problem {
     }
 }
 
-/// More problems than this are counted, not listed: somebody has to read them.
+/// More problems than this are not listed: somebody has to read them, and mending the first mends most.
 pub const PROBLEMS_MAX: usize = 100;
 
 impl Checked {

@@ -36,6 +36,9 @@ pub const SENSITIVE: [(u16, &str, Severity); 22] = [
     (27017, "MongoDB", Severity::Critical),
 ];
 
+/// Above this many cells it is not known which rules decide: nothing is said then. Four times the default limit of
+/// elements, since a group may hold more than any one interface takes.
+const CELLS_MAX: usize = 262_144;
 /// Above this many rules in one direction of a group, which single rule covers another is not searched for.
 const PAIRS_MAX: usize = 3_000;
 
@@ -94,7 +97,21 @@ fn group_findings(
             why,
             fix: fix.into(),
         };
-        if covers.iter().all(Option::is_some) {
+        let empty: BTreeSet<String> = (mine.iter())
+            .filter_map(|i| match &rules[*i].peer {
+                IntentPeer::Set(name) if crate::intent::set_members(checked, name).is_empty() => Some(name.clone()),
+                _ => None,
+            })
+            .collect();
+        if mine.iter().all(|i| matches!(&rules[*i].peer, IntentPeer::Set(name) if empty.contains(name))) {
+            let names: Vec<String> = empty.into_iter().collect();
+            out.push(finding(
+                "empty-rule",
+                Severity::Note,
+                format!("{} holds no address now, so it matches nothing", names.join(" and ")),
+                "add members or entries, or remove the rule if nobody is coming",
+            ));
+        } else if covers.iter().all(Option::is_some) {
             let by: BTreeSet<&str> = covers.iter().flatten().map(|rule| rule.label.as_str()).collect();
             let by: Vec<&str> = by.into_iter().collect();
             let same = covers.iter().flatten().all(|rule| rule.policy == first.policy);
@@ -206,21 +223,35 @@ fn deciders(
     let mut open = BTreeSet::new();
     for family in Family::BOTH {
         let (flats, decides) = flatten(&intent, &attachment, direction, family);
-        let Ok(cells) = cut(&flats, family.max(), usize::MAX) else { continue };
+        let Ok(cells) = cut(&flats, family.max(), CELLS_MAX) else {
+            deciding.extend(0..rules.len());
+            continue;
+        };
         let index = |flat: usize| by_id.get(decides[flat].id).copied();
-        deciding.extend(cells.exact.iter().filter_map(|cell| index(cell.rule)));
+        let opens = |rule: usize, slot: &Slot| -> Vec<(usize, u16)> {
+            match slot {
+                Slot::Ports { protocol: 6, first, last }
+                    if direction == Direction::Ingress && rules[rule].policy == Policy::Accept =>
+                {
+                    let open = SENSITIVE.iter().filter(|(port, ..)| first <= port && port <= last);
+                    open.map(|(port, ..)| (rule, *port)).collect()
+                }
+                _ => Vec::new(),
+            }
+        };
+        for cell in &cells.exact {
+            let Some(rule) = index(cell.rule) else { continue };
+            deciding.insert(rule);
+            // A rule about one of our addresses, or about source ports, opens it to the world all the same.
+            if flats[cell.rule].any_peer {
+                open.extend(opens(rule, &cell.slot));
+            }
+        }
         deciding.extend(cells.peer.iter().flat_map(|class| class.cells.iter().filter_map(|(_, rule)| index(*rule))));
         for (slot, rule) in &cells.any {
             let Some(rule) = index(*rule) else { continue };
             deciding.insert(rule);
-            if direction == Direction::Ingress
-                && rules[rule].policy == Policy::Accept
-                && let Slot::Ports { protocol: 6, first, last } = slot
-            {
-                open.extend(
-                    SENSITIVE.iter().filter(|(port, ..)| first <= port && port <= last).map(|(port, ..)| (rule, *port)),
-                );
-            }
+            open.extend(opens(rule, slot));
         }
     }
     (deciding, open)

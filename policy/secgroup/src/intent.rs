@@ -1,6 +1,6 @@
 //! A spec with every name resolved, for one machine: what its agent is told, keeps on disk and enforces.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use keepwall_core::{Place, PortRange, Prefix, Protocol};
@@ -226,11 +226,11 @@ pub fn resolve(checked: &Checked, instance: &str) -> Result<Intent, ResolveError
                     Direction::Ingress => &mut attachment.ingress,
                     Direction::Egress => &mut attachment.egress,
                 };
-                // Priority, then drop before accept; the rest only makes the order the same every time.
-                rules.sort_by(|a, b| {
-                    (a.priority, a.policy, &a.label, &a.id).cmp(&(b.priority, b.policy, &b.label, &b.id))
-                });
-                rules.dedup_by(|a, b| a.id == b.id);
+                // Priority, then drop before accept. The sort is stable: what ties stays in the order of groups and
+                // of rules as written, so that every evaluator names the same rule.
+                rules.sort_by_key(|rule| (rule.priority, rule.policy));
+                let mut seen = BTreeSet::new();
+                rules.retain(|rule| seen.insert(rule.id.clone()));
             }
             let named = attachment.ingress.iter().chain(&attachment.egress).filter_map(|rule| match &rule.peer {
                 IntentPeer::Set(name) => Some(name),
@@ -331,7 +331,7 @@ impl Intent {
         if self.format != FORMAT {
             return Err(format!("this intent has format {}; this build knows {FORMAT} only", self.format));
         }
-        let mut devices = std::collections::BTreeSet::new();
+        let mut devices = BTreeSet::new();
         for attachment in &self.attachments {
             if attachment.device.is_empty()
                 || attachment.device.len() > 15

@@ -92,6 +92,7 @@ pub fn lower(intent: &Intent, tag: &str) -> Result<Lowered, Box<TooLarge>> {
     let mut build = Build {
         intent,
         tag,
+        left: 0,
         legend: HashMap::new(),
         table: Table {
             family: TableFamily::Inet,
@@ -135,6 +136,8 @@ struct Build<'a> {
     intent: &'a Intent,
     tag: &'a str,
     table: Table,
+    /// Elements that the rules of the present interface may still take, both directions and families together.
+    left: usize,
     legend: HashMap<(String, Vec<FieldRange>), String>,
 }
 
@@ -357,6 +360,7 @@ impl Build<'_> {
 
     fn attachment(&mut self, attachment: &Attachment, slug: &str, devices: &mut Devices) -> Result<(), Box<TooLarge>> {
         let device = attachment.device.clone();
+        self.left = self.intent.elements_max as usize;
         let ingress = self.direction(attachment, slug, Direction::Ingress)?;
         let egress = self.direction(attachment, slug, Direction::Egress)?;
         if attachment.guest {
@@ -745,8 +749,9 @@ impl Build<'_> {
     ) -> Result<Maps, Box<TooLarge>> {
         let (flats, rules) = flatten(self.intent, attachment, direction, family);
         let limit = self.intent.elements_max as usize;
-        let cells = cells::cut(&flats, family.max(), limit)
+        let cells = cells::cut(&flats, family.max(), self.left)
             .map_err(|explosion| too_large(attachment, direction, limit, &rules, &explosion.by_rule))?;
+        let first_map = self.table.maps.len();
         let verdict = |rule: usize| {
             let chain = if rules[rule].policy == Policy::Accept { allow } else { deny };
             ElementData::Verdict(Verdict::Goto(chain.to_owned()))
@@ -802,7 +807,7 @@ impl Build<'_> {
             }
             let direct: usize = classes.iter().map(|(class, own)| class.peers.len() * own.len()).sum();
             let by_class: usize = classes.iter().map(|(class, own)| class.peers.len() + own.len()).sum();
-            let peer_map = if direct <= DIRECT_MAX || direct <= by_class {
+            let peer_map = if direct <= DIRECT_MAX.min(self.left) || direct <= by_class {
                 let elements = (classes.iter())
                     .flat_map(|(class, own)| {
                         class.peers.iter().flat_map(move |peer| own.iter().map(move |cell| (*peer, *cell)))
@@ -822,6 +827,23 @@ impl Build<'_> {
             };
             *(if with_ports { &mut maps.peer_ports } else { &mut maps.peer_other }) = Some(peer_map);
         }
+        // The cut counted the cells; what they became is counted here, so that the limit holds for the interface.
+        let new = &self.table.maps[first_map..];
+        let count: usize = new.iter().map(|map| map.elements.len()).sum();
+        self.left = match self.left.checked_sub(count) {
+            Some(left) => left,
+            None => {
+                let number: HashMap<&str, usize> = rules.iter().enumerate().map(|(n, rule)| (rule.id, n)).collect();
+                let mut by_rule = HashMap::new();
+                for (map, element) in new.iter().flat_map(|map| map.elements.iter().map(move |e| (map, e))) {
+                    let id = self.legend.get(&(map.name.clone(), element.key.clone()));
+                    if let Some(n) = id.and_then(|id| number.get(id.as_str())) {
+                        *by_rule.entry(*n).or_default() += 1;
+                    }
+                }
+                return Err(too_large(attachment, direction, limit, &rules, &by_rule));
+            }
+        };
         Ok(maps)
     }
 

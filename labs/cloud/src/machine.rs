@@ -1,0 +1,303 @@
+//! The lab's machines: made, entered, and cleared away.
+
+use std::fs;
+use std::io;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use keepwall_sys::namespace::{self, NetNs};
+use keepwall_sys::process::{Process, Signal};
+use keepwall_sys::{link, process};
+
+use crate::{Error, Programs};
+
+/// All files of the lab.
+pub const DIRECTORY: &str = "/run/keepwall-lab";
+/// Where namespaces are named, as `ip netns` does.
+const NAMES: &str = "/run/netns";
+/// Only one lab at a time.
+const LOCK: &str = "/run/keepwall-lab.lock";
+/// An agent that does not answer by then is broken.
+const AGENT_STARTS_WITHIN: Duration = Duration::from_secs(10);
+
+/// A machine of the lab.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Machine {
+    /// Its name.
+    pub name: &'static str,
+    /// Addresses of its `eth0`: with prefix length and the router's address in that network.
+    pub addresses: &'static [(&'static str, u8, &'static str)],
+    /// More addresses, which the router knows to be here.
+    pub extra: &'static [(&'static str, u8)],
+}
+
+/// Everybody.
+pub const MACHINES: [Machine; 4] = [
+    Machine { name: "client", addresses: &[("10.77.0.10", 24, "10.77.0.1"), ("fd77::10", 64, "fd77::1")], extra: &[] },
+    Machine {
+        name: "attacker",
+        addresses: &[("10.77.9.66", 24, "10.77.9.1"), ("fd77:9::66", 64, "fd77:9::1")],
+        extra: &[("203.0.113.66", 32), ("2001:db8:9::66", 128)],
+    },
+    Machine { name: "web", addresses: &[("10.77.1.10", 24, "10.77.1.1"), ("fd77:1::10", 64, "fd77:1::1")], extra: &[] },
+    Machine { name: "db", addresses: &[("10.77.2.10", 24, "10.77.2.1"), ("fd77:2::10", 64, "fd77:2::1")], extra: &[] },
+];
+
+const ROUTER: &str = "router";
+
+/// The machine of that name.
+#[must_use]
+pub fn machine(name: &str) -> Option<&'static Machine> {
+    MACHINES.iter().find(|machine| machine.name == name)
+}
+
+fn ns_path(name: &str) -> PathBuf {
+    Path::new(NAMES).join(format!("kwlab-{name}"))
+}
+
+/// Where an agent of the lab listens.
+#[must_use]
+pub fn socket(machine: &str) -> PathBuf {
+    Path::new(DIRECTORY).join(machine).join("agent.sock")
+}
+
+/// Where an agent of the lab keeps its state.
+#[must_use]
+pub fn state(machine: &str) -> PathBuf {
+    Path::new(DIRECTORY).join(machine).join("state")
+}
+
+fn said(what: &str) -> impl Fn(io::Error) -> Error + '_ {
+    move |error| match error.kind() {
+        io::ErrorKind::PermissionDenied => format!("{what}: not permitted; the lab needs root (sudo keepwall lab)"),
+        _ => format!("{what}: {error}"),
+    }
+}
+
+/// Runs `work` on a thread inside a machine.
+///
+/// # Errors
+/// There is no such machine, or what `work` says.
+pub fn inside<T: Send>(name: &str, work: impl FnOnce() -> Result<T, Error> + Send) -> Result<T, Error> {
+    let ns = NetNs::open(ns_path(name)).map_err(|_| format!("the lab is not up: there is no machine `{name}`"))?;
+    thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            ns.enter().map_err(said("entering a namespace"))?;
+            work()
+        });
+        thread.join().unwrap_or_else(|_| Err(format!("a thread in {name} failed")))
+    })
+}
+
+/// Held while a command works on the lab, so that two do not work on it at once.
+#[derive(Debug)]
+pub struct Lock(#[allow(dead_code, reason = "held, not read")] fs::File);
+
+/// Takes the lab for this command.
+///
+/// # Errors
+/// Another command has it.
+pub fn lock() -> Result<Lock, Error> {
+    let file =
+        fs::File::options().create(true).truncate(false).write(true).open(LOCK).map_err(said("the lab's lock"))?;
+    match file.try_lock() {
+        Ok(()) => Ok(Lock(file)),
+        Err(_) => Err("another `keepwall lab` is at work; wait for it".to_owned()),
+    }
+}
+
+/// True if the lab's machines are there.
+#[must_use]
+pub fn is_up() -> bool {
+    MACHINES.iter().all(|machine| ns_path(machine.name).exists())
+}
+
+/// Makes machines and cables. Clears away first what a killed lab left.
+///
+/// # Errors
+/// Not root, or the kernel lacks something.
+pub fn make() -> Result<(), Error> {
+    clear()?;
+    let made = (|| {
+        fs::create_dir_all(NAMES).map_err(said("making the directory of namespaces"))?;
+        fs::create_dir_all(DIRECTORY).map_err(said("making the lab's directory"))?;
+        new_namespace(ROUTER)?;
+        for machine in &MACHINES {
+            new_namespace(machine.name)?;
+            connect(machine)?;
+        }
+        Ok(())
+    })();
+    if made.is_err() {
+        // Half a lab is none.
+        let _ = clear();
+    }
+    made
+}
+
+fn new_namespace(name: &str) -> Result<(), Error> {
+    let path = ns_path(name);
+    namespace::in_a_new_one(|| {
+        namespace::pin(&path)?;
+        link::set_up("lo")?;
+        // Before any device comes up: no waiting for duplicate address detection, no address from thin air.
+        for (key, value) in
+            [("ipv6/conf/default/accept_dad", "0"), ("ipv6/conf/all/accept_dad", "0"), ("ipv4/ip_forward", "0")]
+        {
+            sysctl(key, value)?;
+        }
+        if name == ROUTER {
+            for key in ["ipv4/ip_forward", "ipv6/conf/all/forwarding"] {
+                sysctl(key, "1")?;
+            }
+        }
+        Ok(())
+    })
+    .and_then(|done: io::Result<()>| done)
+    .map_err(said("making a namespace"))
+}
+
+/// Sets a network knob of the calling thread's namespace.
+pub(crate) fn sysctl(key: &str, value: &str) -> io::Result<()> {
+    fs::write(format!("/proc/sys/net/{key}"), value)
+}
+
+fn connect(machine: &Machine) -> Result<(), Error> {
+    let ns = NetNs::open(ns_path(machine.name)).map_err(said("opening a namespace"))?;
+    inside(ROUTER, || {
+        let work = || -> io::Result<()> {
+            link::add_veth(machine.name, "eth0", &ns)?;
+            link::set_up(machine.name)?;
+            for (_, len, router) in machine.addresses {
+                link::add_address(machine.name, parse(router), *len)?;
+            }
+            Ok(())
+        };
+        work().map_err(said("laying a cable"))
+    })?;
+    inside(machine.name, || {
+        let work = || -> io::Result<()> {
+            link::set_up("eth0")?;
+            for (address, len, router) in machine.addresses {
+                link::add_address("eth0", parse(address), *len)?;
+                let everywhere = if address.contains(':') { "::" } else { "0.0.0.0" };
+                link::add_route(parse(everywhere), 0, "eth0", Some(parse(router)))?;
+            }
+            for (address, len) in machine.extra {
+                link::add_address("eth0", parse(address), *len)?;
+            }
+            Ok(())
+        };
+        work().map_err(said("configuring a machine"))
+    })?;
+    inside(ROUTER, || {
+        for (address, len) in machine.extra {
+            let via = machine.addresses.iter().map(|(a, ..)| *a).find(|a| a.contains(':') == address.contains(':'));
+            link::add_route(parse(address), *len, machine.name, via.map(parse)).map_err(said("adding a route"))?;
+        }
+        Ok(())
+    })
+}
+
+fn parse(text: &str) -> IpAddr {
+    text.parse().expect("an address of this module's own tables")
+}
+
+/// Removes everything that a lab made, by name: processes, namespaces (and with them devices and tables), files.
+///
+/// # Errors
+/// Not root.
+pub fn clear() -> Result<(), Error> {
+    for directory in fs::read_dir(DIRECTORY).into_iter().flatten().flatten() {
+        for file in ["pid", "state/lock"] {
+            let text = fs::read_to_string(directory.path().join(file)).unwrap_or_default();
+            if let Ok(pid) = text.trim().parse() {
+                end(pid);
+            }
+        }
+    }
+    for name in MACHINES.iter().map(|m| m.name).chain([ROUTER, crate::coexist::CONTAINER]) {
+        let path = ns_path(name);
+        if path.exists() && namespace::unpin(&path).is_err() {
+            // Never mounted: a lab that was killed between making the file and naming the namespace.
+            fs::remove_file(&path).map_err(said("removing a namespace's name"))?;
+        }
+    }
+    match fs::remove_dir_all(DIRECTORY) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(said("removing the lab's directory")(error)),
+        _ => Ok(()),
+    }
+}
+
+/// Ends a process if it is one of ours; process ids are used again, so its command line has to say so.
+fn end(pid: u32) {
+    let Ok(process) = Process::open(pid) else { return };
+    let arguments = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let text = String::from_utf8_lossy(&arguments).into_owned();
+    if text.contains("keepwall") && (text.contains(DIRECTORY) || text.contains("serve")) {
+        let _ = process.signal(Signal::Kill);
+        let _ = process.wait(Some(Duration::from_secs(2)));
+    }
+}
+
+/// Starts an agent in a machine.
+///
+/// # Errors
+/// It does not come up; its last words are in the message.
+pub fn start_agent(programs: &Programs, name: &str) -> Result<(), Error> {
+    let directory = Path::new(DIRECTORY).join(name);
+    fs::create_dir_all(&directory).map_err(said("making a directory"))?;
+    let log = fs::File::create(directory.join("agent.log")).map_err(said("making a log"))?;
+    let mut command = Command::new(&programs.agent);
+    command.arg("run").arg("--state").arg(state(name)).arg("--socket").arg(socket(name));
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+    inside(name, || process::spawn_detached(&mut command).map_err(said("starting keepwall-agent")))?;
+    let started = Instant::now();
+    while std::os::unix::net::UnixStream::connect(socket(name)).is_err() {
+        if started.elapsed() > AGENT_STARTS_WITHIN {
+            let log = fs::read_to_string(directory.join("agent.log")).unwrap_or_default();
+            return Err(format!(
+                "the agent of {name} does not start: {}",
+                log.lines().last().unwrap_or("it said nothing")
+            ));
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
+}
+
+/// Kills a machine's agent as a crash would.
+///
+/// # Errors
+/// There is none.
+pub fn kill_agent(name: &str) -> Result<(), Error> {
+    let pid = fs::read_to_string(state(name).join("lock")).map_err(said("reading the agent's lock"))?;
+    let pid = pid.trim().parse().map_err(|_| "the agent's lock holds no process id".to_owned())?;
+    let process = Process::open(pid).map_err(said("finding the agent"))?;
+    process.signal(Signal::Kill).map_err(said("killing the agent"))?;
+    process.wait(Some(Duration::from_secs(5))).map_err(said("waiting for the agent's end"))?;
+    Ok(())
+}
+
+/// Runs the command line in a machine against that machine's agent.
+///
+/// # Errors
+/// It cannot be started; how it ended is in the output.
+pub fn keepwall(
+    programs: &Programs,
+    name: &str,
+    posture: &Path,
+    arguments: &[&str],
+    ssh: Option<&str>,
+) -> Result<Output, Error> {
+    let mut command = Command::new(&programs.keepwall);
+    command.arg("--posture").arg(posture).arg("--socket").arg(socket(name)).args(["--instance", name, "--no-color"]);
+    command.args(arguments).stdin(Stdio::null()).env_remove("SSH_CONNECTION");
+    if let Some(ssh) = ssh {
+        command.env("SSH_CONNECTION", ssh);
+    }
+    inside(name, || command.output().map_err(said("starting keepwall")))
+}
