@@ -244,7 +244,9 @@ impl Agent {
             }
         }
 
-        let record = Record { generation: self.generation().next(), intent: apply.intent, note: apply.note };
+        let generation = self.generation().max(record::highest(self.state.path())).next();
+        record::write_highest(&self.state, generation).map_err(disk)?;
+        let record = Record { generation, intent: apply.intent, note: apply.note };
         let before = self.enforcer.intent().cloned();
         match apply.confirm_within_s {
             Some(seconds) => {
@@ -252,7 +254,7 @@ impl Agent {
                     record: record.clone(),
                     deadline_ms: clock::now_ms() + u64::from(seconds) * 1_000,
                     boot: self.boot.clone(),
-                    sessions: sessions::of_machine(),
+                    sessions: sessions::before_a_change(peer.pid),
                 };
                 record::write_pending(&self.state, &pending).map_err(disk)?;
                 self.pending = Some(pending);
@@ -316,7 +318,7 @@ impl Agent {
             && let Some(verdict) = crate::packet::refuses(&apply.intent, interfaces, session)
         {
             let message = format!(
-                "this would lock you out: a new session like yours ({} to {}) would be refused by {}",
+                "this would lock you out: a new session like yours ({} to {}) would be refused: {}",
                 session.remote,
                 session.local,
                 verdict.reason()
@@ -337,7 +339,7 @@ impl Agent {
         for session in sessions::of_machine().iter().filter(|s| own.as_ref() != Some(s)) {
             if let Some(verdict) = crate::packet::refuses(&apply.intent, interfaces, session) {
                 warnings.push(format!(
-                    "the SSH session from {} would be refused if it were new, by {}",
+                    "the SSH session from {} would be refused if it were new: {}",
                     session.remote.ip(),
                     verdict.reason()
                 ));

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 const CONFIRMED: &str = "confirmed.json";
 const PENDING: &str = "pending.json";
+const GENERATION: &str = "generation";
 
 /// A state that was applied.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -85,4 +86,15 @@ pub(crate) fn clear_pending(state: &StateDir) -> io::Result<()> {
 
 pub(crate) fn clear_confirmed(state: &StateDir) -> io::Result<()> {
     state.remove(CONFIRMED)
+}
+
+/// The highest generation ever given out: a reverted one is not used again, so that a late confirmation or a late
+/// watchdog never means another.
+pub(crate) fn highest(path: &Path) -> Generation {
+    let bytes = state::read(path, GENERATION).unwrap_or_default().unwrap_or_default();
+    Generation(String::from_utf8_lossy(&bytes).trim().parse().unwrap_or(0))
+}
+
+pub(crate) fn write_highest(state: &StateDir, generation: Generation) -> io::Result<()> {
+    state.write(GENERATION, generation.0.to_string().as_bytes())
 }

@@ -171,7 +171,7 @@ pub fn explain(context: &Context, question: &cli::Question) -> Result<u8, Failur
         }
         for answer in answers {
             ui::out(format!(
-                "    {} {}: {} by {}",
+                "    {} {}: {}: {}",
                 answer.interface,
                 answer.direction,
                 word(&answer.verdict),

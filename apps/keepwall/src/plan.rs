@@ -250,9 +250,35 @@ fn make(context: &Context, observe: bool) -> Result<(Checked, Intent, usize), Fa
     Ok((checked, intent, tests))
 }
 
-/// True if a packet, a record or a name would change.
-fn changes(before: Option<&Intent>, after: &Intent) -> bool {
-    before != Some(after)
+/// An intent without the places where its rules stand: a comment added above a rule changes no packet.
+fn placeless(intent: &Intent) -> Intent {
+    let mut intent = intent.clone();
+    for attachment in &mut intent.attachments {
+        for rule in attachment.ingress.iter_mut().chain(&mut attachment.egress) {
+            rule.place = keepwall_core::Place::default();
+        }
+    }
+    intent
+}
+
+/// True if more changes than where rules are written.
+pub fn changes(before: Option<&Intent>, after: &Intent) -> bool {
+    before.map(placeless) != Some(placeless(after))
+}
+
+/// Tells the agent where rules are written now; nothing is dropped, let in or cut by that.
+fn move_places(context: &Context, intent: Intent, base: Generation) -> Result<(), Failure> {
+    let request = Request::Apply(Box::new(keepwall_link::Apply {
+        intent,
+        base: Some(base),
+        confirm_within_s: None,
+        danger_cut_session: true,
+        note: "rules moved within the file".into(),
+    }));
+    match context.agent.ask(request)? {
+        Response::Applied(_) => Ok(()),
+        other => Err(unexpected(&other)),
+    }
 }
 
 pub fn plan(context: &Context, args: &cli::Plan) -> Result<u8, Failure> {
@@ -269,7 +295,7 @@ pub fn plan(context: &Context, args: &cli::Plan) -> Result<u8, Failure> {
     } else {
         show(before.as_ref(), &intent, &difference);
         if difference.is_empty() && before.is_some() {
-            ui::out("  Only names, places or limits change; no packet is treated differently.");
+            ui::out("  Only names or limits change; no packet is treated differently.");
         }
         ui::out("");
         let (added, removed) =
@@ -341,6 +367,9 @@ pub fn apply(context: &Context, args: &cli::Apply) -> Result<u8, Failure> {
     };
     let difference = compare(before.as_ref(), &intent);
     if !changes(before.as_ref(), &intent) && status.pending.is_none() {
+        if before.as_ref() != Some(&intent) {
+            move_places(context, intent, base)?;
+        }
         ui::out(format!("{} The machine enforces this posture already ({}).", ui::green("✓"), status.generation));
         return Ok(0);
     }

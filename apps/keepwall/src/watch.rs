@@ -156,7 +156,7 @@ pub fn debug(context: &Context) -> Result<u8, Failure> {
         ),
     ];
     if let (Some(resolved), Ok(Some(loaded))) = (&resolved, &loaded)
-        && resolved != loaded
+        && crate::plan::changes(Some(loaded), resolved)
     {
         oddities.push("what is written is not what is loaded: see `keepwall plan`".into());
     }

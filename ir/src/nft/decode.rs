@@ -808,7 +808,7 @@ fn map(name: &str, attrs: &[u8]) -> Option<Map> {
 }
 
 fn key_fields(mut number: u32) -> Option<Vec<FieldType>> {
-    const ALL: [FieldType; 8] = [
+    const ALL: [FieldType; 9] = [
         FieldType::Ipv4Addr,
         FieldType::Ipv6Addr,
         FieldType::InetProto,
@@ -816,6 +816,7 @@ fn key_fields(mut number: u32) -> Option<Vec<FieldType>> {
         FieldType::IfName,
         FieldType::Mark,
         FieldType::CtState,
+        FieldType::Icmpv6Type,
         FieldType::EtherAddr,
     ];
     let mut fields = Vec::new();

@@ -856,6 +856,7 @@ pub(super) fn type_number(field: FieldType) -> u32 {
         FieldType::InetService => 13,
         FieldType::Mark => 19,
         FieldType::CtState => 26,
+        FieldType::Icmpv6Type => 29,
         FieldType::IfName => 41,
     }
 }

@@ -382,6 +382,10 @@ fn store(state: &mut State, reg: u8, value: &[u8]) -> Step {
 
 /// iptables-nft keeps the old matches and targets as opaque blobs. The few that decide most rules are read.
 fn xt(name: &str, data: &[u8], packet: &Packet) -> Step {
+    if name == "reject" {
+        // Not silent, but gone all the same.
+        return Step::Verdict(Verdict::Drop);
+    }
     let (Some(kind), info) = (attribute(data, 1), attribute(data, 3).unwrap_or_default()) else { return Step::Either };
     let kind = String::from_utf8_lossy(kind.strip_suffix(b"\0").unwrap_or(kind)).into_owned();
     let port = |at: usize| -> Option<u16> {

@@ -373,6 +373,8 @@ pub enum FieldType {
     Mark,
     /// 4 bytes, host order.
     CtState,
+    /// 1 byte.
+    Icmpv6Type,
     /// 6 bytes.
     EtherAddr,
 }
@@ -382,7 +384,7 @@ impl FieldType {
     #[must_use]
     pub fn len(self) -> usize {
         match self {
-            FieldType::InetProto => 1,
+            FieldType::InetProto | FieldType::Icmpv6Type => 1,
             FieldType::InetService => 2,
             FieldType::Ipv4Addr | FieldType::Mark | FieldType::CtState => 4,
             FieldType::EtherAddr => 6,

@@ -17,7 +17,6 @@ use std::fs;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use keepwall_core::Family;
 use keepwall_ir::nft::Table;
 use keepwall_nft::{Conntrack, Nft};
 use keepwall_sys::tun::{Device, Kind};
@@ -272,10 +271,4 @@ fn dropped_by_devices() -> Result<u64, Failure> {
         }
     }
     Ok(sum)
-}
-
-/// True if the packet is of that family.
-#[must_use]
-pub fn is_of(trip: &Trip, family: Family) -> bool {
-    Family::of(trip.source) == family
 }

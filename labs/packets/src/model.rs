@@ -24,19 +24,24 @@ pub fn lowered(case: &Case, tag: &str) -> Lowered {
     lower(&intent, tag).expect("limits of drawn cases are out of reach")
 }
 
+/// Whose rules must let the packet pass: instance, and which way it sees the packet go.
+#[must_use]
+pub fn judges(trip: &Trip) -> Vec<(usize, Direction)> {
+    let (guest, other) = (HOST + trip.guest, HOST + 3 - trip.guest);
+    match trip.path {
+        Path::Input => vec![(HOST, Direction::Ingress)],
+        Path::Output => vec![(HOST, Direction::Egress)],
+        Path::ToGuest => vec![(guest, Direction::Ingress)],
+        Path::FromGuest | Path::GuestToHost => vec![(guest, Direction::Egress)],
+        Path::Between => vec![(guest, Direction::Egress), (other, Direction::Ingress)],
+    }
+}
+
 /// What the semantics say: true if the packet arrives.
 #[must_use]
 pub fn expected(case: &Case, trip: &Trip) -> bool {
-    let allows = |instance: usize, direction| evaluate(&case.checked, instance, 0, &trip.seen(direction)).is_allow();
-    match trip.path {
-        Path::Input => allows(HOST, Direction::Ingress),
-        Path::Output => allows(HOST, Direction::Egress),
-        Path::ToGuest => allows(HOST + trip.guest, Direction::Ingress),
-        Path::FromGuest | Path::GuestToHost => allows(HOST + trip.guest, Direction::Egress),
-        Path::Between => {
-            allows(HOST + trip.guest, Direction::Egress) && allows(HOST + 3 - trip.guest, Direction::Ingress)
-        }
-    }
+    let allows = |(instance, way)| evaluate(&case.checked, instance, 0, &trip.seen(way)).is_allow();
+    judges(trip).into_iter().all(allows)
 }
 
 /// The packet's bytes: a network header and a transport header that hold what rules look at. `number` goes into

@@ -39,6 +39,8 @@ impl Flat {
     }
 }
 
+type Ranges = Vec<(u128, u128)>;
+
 /// One protocol of TCP and UDP with destination ports, or a range of the others without.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) enum Slot {
@@ -99,7 +101,7 @@ pub(crate) fn cut(rules: &[Flat], max: u128, cells_max: usize) -> Result<Cells, 
 
     let specific: Vec<usize> = (0..rules.len()).filter(|i| !rules[*i].any_peer || rules[*i].is_exact()).collect();
     let mut class_of: HashMap<Vec<usize>, usize> = HashMap::new();
-    let mut classes: Vec<(Vec<usize>, Vec<(u128, u128)>)> = Vec::new();
+    let mut classes: Vec<(Vec<usize>, Ranges)> = Vec::new();
     sweep_peers(rules, &specific, max, |range, active| {
         let class = *class_of.entry(active.to_vec()).or_insert_with(|| {
             classes.push((active.to_vec(), Vec::new()));
@@ -109,17 +111,16 @@ pub(crate) fn cut(rules: &[Flat], max: u128, cells_max: usize) -> Result<Cells, 
     });
 
     // By their rules and not by their addresses, so that a member with a low address renumbers no class.
-    classes.sort_unstable();
+    //x
     for (active, peers) in classes {
         let order = merged(&active, &any);
         let plain: Vec<usize> = order.iter().copied().filter(|i| !rules[*i].is_exact()).collect();
         let own: Vec<(Slot, usize)> =
             slots(rules, &plain).into_iter().filter(|(_, rule)| !rules[*rule].any_peer).collect();
-        for (_, rule) in &own {
-            budget.spend(*rule, 1)?;
-        }
-        if let Some((_, rule)) = own.first() {
-            budget.spend(*rule, peers.len())?;
+        // What the smaller of the two layouts takes: every peer with every cell, or peers and cells apart.
+        let together = peers.len().saturating_mul(own.len()) <= peers.len() + own.len();
+        for (n, (_, rule)) in own.iter().enumerate() {
+            budget.spend(*rule, if together { peers.len() } else { 1 + if n == 0 { peers.len() } else { 0 } })?;
         }
         if order.iter().any(|i| rules[*i].is_exact()) {
             exact_cells(rules, &order, max, &mut |local, source_ports, slot, rule| {

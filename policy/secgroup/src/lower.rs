@@ -454,7 +454,7 @@ impl Build<'_> {
         key: Vec<FieldType>,
         interval: bool,
         data: MapData,
-        elements: Vec<(Vec<FieldRange>, ElementData, Option<(&str, &str)>)>,
+        elements: Vec<NewElement<'_>>,
     ) {
         let mut out = Vec::with_capacity(elements.len());
         let counters = data == MapData::Verdict && elements.iter().any(|(_, _, of)| of.is_some());
@@ -640,7 +640,7 @@ impl Build<'_> {
         }
         let never_name = self.name(&[slug, "never"]);
         let keys = never.iter().map(|kind| (vec![FieldRange::exact([*kind])], ElementData::Nothing, None));
-        self.map(&never_name, vec![FieldType::InetProto], false, MapData::Nothing, keys.collect());
+        self.map(&never_name, vec![FieldType::Icmpv6Type], false, MapData::Nothing, keys.collect());
         let mut exprs = nfproto(Family::Ipv6).to_vec();
         exprs.extend([
             transport(0, 1, 0),
@@ -971,6 +971,9 @@ impl Build<'_> {
         self.table.chains.push(Chain { name: name.to_owned(), base: Some(base), rules });
     }
 }
+
+/// Key, data, and id and label of the rule that it stands for, if it does.
+type NewElement<'r> = (Vec<FieldRange>, ElementData, Option<(&'r str, &'r str)>);
 
 struct DirectionChains {
     /// For packets that start or end at this machine, and for guests.

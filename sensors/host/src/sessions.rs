@@ -62,6 +62,19 @@ pub fn of_machine() -> Vec<Session> {
     out
 }
 
+/// More connections than this are not remembered; whoever has more to SSH has another problem.
+const SESSIONS_MAX: usize = 10_000;
+
+/// Every connection that is open now to a port that administration sessions use: a confirmation over one of these
+/// proves nothing about a change that comes after. `pid` is the process that asks for the change.
+#[must_use]
+pub fn before_a_change(pid: u32) -> Vec<Session> {
+    let mut ports: Vec<u16> = of_machine().iter().map(|session| session.local.port()).collect();
+    ports.extend(of_process(pid).map(|session| session.local.port()));
+    ports.push(22);
+    established_tcp().into_iter().filter(|session| ports.contains(&session.local.port())).take(SESSIONS_MAX).collect()
+}
+
 fn established_tcp() -> Vec<Session> {
     sockets::all().iter().filter(|s| s.protocol == 6 && s.state == 1).map(canonical).collect()
 }
