@@ -102,9 +102,6 @@ impl Agent {
     pub(crate) fn start(state: &Path, socket: &Path) -> Result<Agent, String> {
         let state = StateDir::lock(state).map_err(|error| format!("cannot use {}: {error}", state.display()))?;
         let enforcer = Enforcer::open().map_err(|error| crate::enforce::chain(&error))?;
-        if let Some(why) = enforcer.unusable() {
-            return Err(why.to_owned());
-        }
         let confirmed = record::confirmed(state.path()).map_err(|error| {
             format!(
                 "{error}. What the kernel enforces stays in force; move {} away to start afresh",
@@ -148,8 +145,10 @@ impl Agent {
                 }
                 None => {
                     // A table without any state is what a removal was cut short in.
-                    if self.enforcer.remove()? {
-                        log("removed a table that no state stands behind");
+                    match self.enforcer.remove() {
+                        Ok(true) => log("removed a table that no state stands behind"),
+                        Ok(false) => {}
+                        Err(why) => log(format!("cannot look for a table of an earlier agent: {why}")),
                     }
                     log("nothing is applied; observing only");
                     Ok(())

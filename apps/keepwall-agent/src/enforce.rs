@@ -11,7 +11,8 @@ use keepwall_secgroup::lower::{Lowered, TABLE, lower};
 /// The kernel's side of this machine's security groups.
 pub(crate) struct Enforcer {
     nft: Nft,
-    features: Features,
+    /// Tried when the first rules are to be loaded: an agent that only observes leaves no trace in the kernel.
+    features: Option<Features>,
     loaded: Option<Loaded>,
     /// Numbers the versions of our chains and maps; never used twice in the life of a table.
     serial: u64,
@@ -35,20 +36,35 @@ pub(crate) enum Change {
 
 impl Enforcer {
     pub(crate) fn open() -> Result<Enforcer, NftError> {
-        let mut nft = Nft::open()?;
-        let features = nft.probe()?;
-        Ok(Enforcer { nft, features, loaded: None, serial: 0, retired: BTreeMap::new(), since: Instant::now() })
+        let nft = Nft::open()?;
+        Ok(Enforcer { nft, features: None, loaded: None, serial: 0, retired: BTreeMap::new(), since: Instant::now() })
+    }
+
+    /// What this kernel can do; refused if it lacks what security groups cannot do without.
+    fn features(&mut self) -> Result<Features, String> {
+        if let Some(features) = self.features {
+            return Ok(features);
+        }
+        let features = self.nft.probe().map_err(|error| chain(&error))?;
+        if !features.conntrack {
+            return Err("this kernel has no connection tracking (nf_conntrack), which security groups need".into());
+        }
+        if !features.verdict_maps {
+            return Err("this kernel has no verdict maps over ranges; Linux 5.6 or newer has them".into());
+        }
+        self.features = Some(features);
+        Ok(features)
     }
 
     /// What this kernel lacks, and what we do instead.
     pub(crate) fn degraded(&self) -> Vec<String> {
         let mut out = Vec::new();
+        let Some(f) = &self.features else { return out };
         let mut say = |fine: bool, text: &str| {
             if !fine {
                 out.push(text.to_owned());
             }
         };
-        let f = &self.features;
         say(
             f.table_flags != 0,
             "this kernel has no owned, persistent tables (before 6.9): other tools can change ours, which is noticed and repaired",
@@ -59,32 +75,22 @@ impl Enforcer {
         out
     }
 
-    /// What this kernel must have.
-    pub(crate) fn unusable(&self) -> Option<&'static str> {
-        if !self.features.conntrack {
-            return Some("this kernel has no connection tracking (nf_conntrack), which security groups need");
-        }
-        if !self.features.verdict_maps {
-            return Some("this kernel has no verdict maps over ranges (Linux 5.6 or newer is needed)");
-        }
-        None
-    }
-
-    fn lowered(&self, intent: &Intent, tag: &str) -> Result<Lowered, String> {
+    fn lowered(&mut self, intent: &Intent, tag: &str) -> Result<Lowered, String> {
+        let features = self.features()?;
         let mut intent = intent.clone();
-        if !self.features.ct_timeouts {
+        if !features.ct_timeouts {
             intent.session_idle_s = None;
         }
-        if !self.features.log || !self.features.limit {
+        if !features.log || !features.limit {
             intent.flow_log_per_s = 0;
         }
         let mut lowered = lower(&intent, tag).map_err(|error| error.to_string())?;
-        lowered.table.flags = self.features.table_flags;
+        lowered.table.flags = features.table_flags;
         Ok(lowered)
     }
 
     /// Checks that an intent can be lowered, without touching anything.
-    pub(crate) fn check(&self, intent: &Intent) -> Result<(), String> {
+    pub(crate) fn check(&mut self, intent: &Intent) -> Result<(), String> {
         self.lowered(intent, "0").map(|_| ())
     }
 
@@ -95,14 +101,13 @@ impl Enforcer {
     /// Puts an intent in force: nothing if it is, one map's elements if that is all, else a new version beside the
     /// old one and a switch.
     pub(crate) fn enforce(&mut self, intent: &Intent) -> Result<Change, String> {
-        if let Some(loaded) = &self.loaded {
-            let same = self.lowered(intent, &loaded.tag)?;
+        if let Some(tag) = self.loaded.as_ref().map(|loaded| loaded.tag.clone()) {
+            let same = self.lowered(intent, &tag)?;
+            let Some(loaded) = &self.loaded else { return Err("nothing is loaded".into()) };
             if same.table == loaded.lowered.table {
-                let tag = loaded.tag.clone();
                 self.loaded = Some(Loaded { intent: intent.clone(), lowered: same, tag });
                 return Ok(Change::Unchanged);
             }
-            let tag = loaded.tag.clone();
             match self.nft.replace_from(&loaded.lowered.table, &same.table) {
                 Ok(_) => {
                     self.loaded = Some(Loaded { intent: intent.clone(), lowered: same, tag });

@@ -174,12 +174,25 @@ fn serve(mut stream: UnixStream, peer: &Peer, shared: &Shared) {
     let _ = write_frame(&mut stream, &response);
 }
 
+fn published(of: keepwall_nft::Published) -> keepwall_link::Published {
+    keepwall_link::Published { protocol: of.protocol, port: of.port, address: of.address, target: of.target, by: of.by }
+}
+
 fn answer(request: Request, peer: &Peer, shared: &Shared) -> Response {
     if let Request::Sessions = request {
         // Asks the kernel only; the agent's state is not held meanwhile.
         return match stream::sessions(shared) {
             Ok(flows) => Response::Sessions(flows),
             Err(message) => Response::Refused(Refused { code: "kernel".into(), message, help: String::new() }),
+        };
+    }
+    if let Request::Published = request {
+        return match keepwall_nft::published() {
+            Ok(all) => Response::Published(all.into_iter().map(published).collect()),
+            Err(error) => {
+                let message = crate::enforce::chain(&error);
+                Response::Refused(Refused { code: "kernel".into(), message, help: String::new() })
+            }
         };
     }
     let mut agent = hold(shared);
@@ -195,7 +208,7 @@ fn answer(request: Request, peer: &Peer, shared: &Shared) -> Response {
         Request::Counters => agent.counters().map(Response::Counters),
         Request::Foreign => agent.foreign().map(Response::Foreign),
         Request::Verify => agent.verify().map(Response::Verified),
-        Request::Flows | Request::Trace(_) | Request::Sessions => unreachable!("answered before"),
+        Request::Flows | Request::Trace(_) | Request::Sessions | Request::Published => unreachable!("answered before"),
     };
     done.unwrap_or_else(Response::Refused)
 }

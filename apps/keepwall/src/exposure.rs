@@ -44,7 +44,28 @@ fn look(context: &Context) -> Result<(Vec<Interface>, Vec<Exposed>, Option<Inten
         Ok(Response::Intent(intent)) => intent.map(|i| *i),
         _ => None,
     };
-    let mut rows: Vec<Exposed> = (listeners::all(&interfaces).into_iter())
+    let mut found = listeners::all(&interfaces);
+    if let Ok(Response::Published(published)) = context.agent.ask(Request::Published) {
+        for port in published {
+            // docker-proxy listens as well, unless it is switched off: one row for each port.
+            let address = port.address.unwrap_or(IpAddr::from([0, 0, 0, 0]));
+            if found.iter().any(|l| l.protocol == port.protocol && l.port == port.port && l.published.is_some()) {
+                continue;
+            }
+            let (scope, devices) = listeners::reach(address, &interfaces);
+            found.push(Listener {
+                protocol: port.protocol,
+                address,
+                port: port.port,
+                pid: None,
+                process: port.by,
+                published: Some(port.target),
+                scope,
+                devices,
+            });
+        }
+    }
+    let mut rows: Vec<Exposed> = (found.into_iter())
         .map(|listener| {
             let enforced = intent.as_ref().and_then(|intent| lets_strangers_in(intent, &interfaces, &listener));
             Exposed { listener, enforced }
@@ -168,12 +189,12 @@ pub fn start_agent(context: &Context, state: &Path) -> Result<(), Failure> {
 
 pub fn up(context: &Context, args: &cli::Up) -> Result<u8, Failure> {
     let started = Instant::now();
-    let mut agent = "was running already";
+    let mut agent = "was running already, observing only";
     if args.no_agent {
-        agent = "not started, as asked";
+        agent = "was not started, as asked";
     } else if !context.agent.is_up() {
         start_agent(context, &args.state)?;
-        agent = "started";
+        agent = "has started and observes only";
     }
     let (interfaces, rows, intent) = look(context)?;
     let proposal = propose(&interfaces, rows.iter().map(|r| &r.listener), &[]);
@@ -215,7 +236,7 @@ pub fn up(context: &Context, args: &cli::Up) -> Result<u8, Failure> {
     ui::out("  keepwall confirm                         in a NEW session: proves that you still get in");
     ui::out("");
     let took = started.elapsed().as_secs_f32();
-    ui::out(ui::dim(&format!("The agent {agent}; it observes only, and nothing is blocked. ({took:.1} s)")));
+    ui::out(ui::dim(&format!("The agent {agent}; nothing is blocked. ({took:.1} s)")));
     Ok(0)
 }
 
@@ -396,9 +417,8 @@ pub fn suggest(context: &Context, args: &cli::Suggest) -> Result<u8, Failure> {
         watch_until(context, end, &mut flows)?;
         ui::say(format!("Saw {} flows.", flows.len()));
     }
-    let interfaces = interfaces::all()?;
-    let listeners = listeners::all(&interfaces);
-    let text = propose(&interfaces, listeners.iter(), &flows);
+    let (interfaces, rows, _) = look(context)?;
+    let text = propose(&interfaces, rows.iter().map(|r| &r.listener), &flows);
     // What is proposed must be a posture, whatever process names and addresses there were.
     posture::checked(&[keepwall_posture::SourceFile::new("proposal", text.clone())])?;
     match &args.write {

@@ -69,7 +69,9 @@ fn a_mistake_is_shown_with_its_line_and_the_word_that_was_meant() {
 #[test]
 fn a_failing_policy_test_exits_with_3_and_names_a_counterexample() {
     let scratch = Scratch::new("failing");
-    let text = std::fs::read_to_string(example()).unwrap().replace("expect: deny internet -> web:22", "expect: allow internet -> web:22");
+    let text = std::fs::read_to_string(example())
+        .unwrap()
+        .replace("expect: deny internet -> web:22", "expect: allow internet -> web:22");
     let output = keepwall(&scratch.file(&text), &["test"]);
     assert_eq!(output.status.code(), Some(3));
     assert!(words(&output).contains("is denied by default"), "{}", words(&output));
@@ -79,7 +81,10 @@ fn a_failing_policy_test_exits_with_3_and_names_a_counterexample() {
 fn explain_names_rule_file_and_line_and_offers_the_missing_one() {
     let output = keepwall(&example(), &["explain", "--from", "10.77.0.10", "--to", "web", "--port", "22"]);
     let said = words(&output);
-    assert!(said.contains("✓ allowed") && said.contains("rule web/ingress#2") && said.contains("web-and-db.yaml:51"), "{said}");
+    assert!(
+        said.contains("✓ allowed") && said.contains("rule web/ingress#2") && said.contains("web-and-db.yaml:51"),
+        "{said}"
+    );
     let output = keepwall(&example(), &["explain", "--from", "203.0.113.9", "--to", "db", "--port", "3306"]);
     let said = words(&output);
     assert!(said.contains("✗ denied") && said.contains("from: 203.0.113.9 }"), "{said}");
@@ -115,7 +120,8 @@ fn rules_are_added_once_removed_quietly_and_snapshots_bring_them_back() {
     let output = keepwall(&path, &["sg", "rule", "remove", "web", "--number", "99"]);
     assert!(!output.status.success(), "an unknown number is an error");
 
-    let list: Vec<serde_json::Value> = serde_json::from_slice(&keepwall(&path, &["sg", "snapshot", "list", "web", "--json"]).stdout).unwrap();
+    let list: Vec<serde_json::Value> =
+        serde_json::from_slice(&keepwall(&path, &["sg", "snapshot", "list", "web", "--json"]).stdout).unwrap();
     assert_eq!(list.len(), 1, "changes within five minutes give one snapshot");
     run(&["sg", "snapshot", "restore", "web", list[0]["id"].as_str().unwrap()]);
     assert_eq!(keepwall(&path, &["reach", "--json"]).stdout, keepwall(&example(), &["reach", "--json"]).stdout);
@@ -135,7 +141,8 @@ fn groups_are_cloned_exported_imported_and_guarded() {
         let output = run(&["sg", "import", &name, file.to_str().unwrap()]);
         assert!(output.status.success(), "{}", words(&output));
         let rules = |group: &str| {
-            let shown: serde_json::Value = serde_json::from_slice(&run(&["sg", "show", group, "--json"]).stdout).unwrap();
+            let shown: serde_json::Value =
+                serde_json::from_slice(&run(&["sg", "show", group, "--json"]).stdout).unwrap();
             shown["rules"].as_array().unwrap().len()
         };
         assert_eq!(rules(&name), rules("db"));

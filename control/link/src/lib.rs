@@ -64,6 +64,8 @@ pub enum Request {
     Counters,
     /// What other tables do with traffic that our rules let in. Root only.
     Foreign,
+    /// Ports that destination NAT sends elsewhere (containers). Root only.
+    Published,
     /// Compare the kernel with what it should hold; repair. Root only.
     Verify,
     /// A stream of accepted and denied flows. Root only.
@@ -132,6 +134,8 @@ pub enum Response {
     Counters(Counters),
     /// To `Foreign`.
     Foreign(Vec<ForeignDrop>),
+    /// To `Published`.
+    Published(Vec<Published>),
     /// To `Verify`.
     Verified(Drift),
     /// To `Sessions`.
@@ -262,6 +266,21 @@ pub struct ForeignDrop {
     pub example: String,
     /// False if the other table holds something that we cannot read, so that it may drop.
     pub certain: bool,
+}
+
+/// A port of this machine that leads elsewhere, to a container for instance.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Published {
+    /// 6 or 17.
+    pub protocol: u8,
+    /// The port that is asked for.
+    pub port: u16,
+    /// The address that is asked for, none for any of this machine.
+    pub address: Option<std::net::IpAddr>,
+    /// Where it ends.
+    pub target: std::net::SocketAddr,
+    /// Table and chain that say so.
+    pub by: String,
 }
 
 /// A flow, seen once when it starts, or each denied packet (rate-limited).

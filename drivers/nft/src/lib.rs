@@ -15,6 +15,7 @@ mod listen;
 mod look;
 mod nft;
 mod plan;
+mod published;
 mod tracing;
 
 pub use conntrack::{Conntrack, Marked};
@@ -24,4 +25,5 @@ pub use keepwall_ir::nft::TableFamily;
 pub use keepwall_ir::nft::decode::{ElementCounter, Flow, Logged, Tuple, TupleRest};
 pub use listen::{ChangeEvent, ChangeListener, LogListener, TraceListener};
 pub use nft::{Applied, Features, Foreign, Nft, Outcome};
+pub use published::{Published, published};
 pub use tracing::{TRACE_TABLE, TraceFilter, TracedStep, Tracer};

@@ -196,6 +196,16 @@ pub fn coexist(programs: &Programs, posture: &Path, mut each: impl FnMut(&Line))
     let before = inside("web", theirs)?;
     let arrived = arrives(&web(PUBLISHED))?;
     add("Docker publishes 8081, no rule allows it", "dropped", !arrived, seen(arrived));
+    let out = keepwall(programs, "web", posture, &["exposure"], None)?;
+    let words = String::from_utf8_lossy(&out.stdout).into_owned();
+    let told =
+        words.lines().find(|l| l.contains("tcp 8081") && l.contains("172.30.0.2:80")).map(|l| l.trim().to_owned());
+    add(
+        "what the machine exposes",
+        "the published port and its container",
+        told.is_some(),
+        told.unwrap_or_else(|| "not a word".into()),
+    );
     apply(&with_port(posture)?)?;
     let arrived = arrives(&web(PUBLISHED))?;
     add("a rule allows 8081, the port that was asked for", "arrives at the container", arrived, seen(arrived));

@@ -266,7 +266,14 @@ pub fn mutants(seed: u64, wanted: usize, progress: &Progress) -> Mutants {
         }
         let n = progress.next.fetch_add(1, Ordering::Relaxed);
         let mut dice = Dice::new(seed.wrapping_add(n as u64));
-        let case = draw::numbered(&mut dice, n);
+        // Every mutant of a table is tried with thousands of packets, so the tables are of middling size.
+        let case = match n % 53 {
+            7 => draw::classes(&mut dice),
+            _ => {
+                let rules = if n % 20 == 3 { 16 } else { 1 + dice.below(8) };
+                draw::case(&mut dice, rules)
+            }
+        };
         let one = mutants_of(&mut dice, n, &case);
         progress.pairs.fetch_add(one.made, Ordering::Relaxed);
         out.add(one);

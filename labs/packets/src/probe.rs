@@ -8,8 +8,10 @@ use keepwall_ir::nft::{Element, ElementData, FieldType, Map, Table};
 
 use crate::draw::{Case, Dice, GUEST_DEVICES, HOST, HOST_DEVICE, Path, Trip};
 
-/// Probes for one element; where its cells are more, some are drawn.
+/// Probes for one element at most; where its cells are more, some are drawn.
 const PROBES_PER_ELEMENT: usize = 120;
+/// Probes for one table, about: with many elements each gets fewer, though never fewer than its edges.
+const PROBES_PER_TABLE: usize = 20_000;
 /// Probes for one element that lie on or just beyond its bounds.
 const EDGES_PER_ELEMENT: usize = 16;
 
@@ -226,14 +228,16 @@ impl<'a> Space<'a> {
     #[must_use]
     pub fn probes(&self, dice: &mut Dice) -> Vec<Trip> {
         let mut out = Vec::new();
+        let elements: usize = self.table.maps.iter().map(|map| map.elements.len()).sum();
+        let most = (PROBES_PER_TABLE / elements.max(1)).clamp(EDGES_PER_ELEMENT, PROBES_PER_ELEMENT);
         for map in &self.table.maps {
             for element in &map.elements {
                 let Some(region) = Region::of_element(self.table, map, element) else { continue };
                 let Some(side) = region.sides.first() else { continue };
                 let axes = self.axes(side, &region);
-                match self.combine(side, &region, &axes, PROBES_PER_ELEMENT) {
+                match self.combine(side, &axes, most) {
                     Some(all) => out.extend(all),
-                    None => (0..PROBES_PER_ELEMENT).for_each(|_| out.extend(self.draw(dice, side, &axes))),
+                    None => (0..most).for_each(|_| out.extend(self.draw(dice, side, &axes))),
                 }
                 let around = around(&axes, &region);
                 (0..EDGES_PER_ELEMENT).for_each(|_| out.extend(self.draw(dice, side, &around)));
@@ -247,7 +251,7 @@ impl<'a> Space<'a> {
     pub fn points(&self, region: &Region, most: usize) -> Option<Vec<Trip>> {
         let mut out = Vec::new();
         for side in &region.sides {
-            out.extend(self.combine(side, region, &self.axes(side, region), most)?);
+            out.extend(self.combine(side, &self.axes(side, region), most)?);
         }
         (out.len() <= most).then_some(out)
     }
@@ -286,7 +290,7 @@ impl<'a> Space<'a> {
     }
 
     /// Every combination, or `None` if there are more than `most`.
-    fn combine(&self, side: &Side, _region: &Region, axes: &Axes, most: usize) -> Option<Vec<Trip>> {
+    fn combine(&self, side: &Side, axes: &Axes, most: usize) -> Option<Vec<Trip>> {
         let mut out = Vec::new();
         for peer in &axes.peer {
             for local in &axes.local {

@@ -4,7 +4,7 @@
 //! `UPDATE=1 cargo test -p keepwall-posture` rewrites the latter; read the difference. A line
 //! `#=== file: NAME` begins another file of the same posture.
 
-#![allow(clippy::unwrap_used, reason = "tests")]
+#![allow(clippy::unwrap_used, clippy::disallowed_methods, reason = "tests read their cases from files")]
 
 use std::fs;
 use std::path::{Path, PathBuf};

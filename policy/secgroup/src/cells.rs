@@ -111,7 +111,7 @@ pub(crate) fn cut(rules: &[Flat], max: u128, cells_max: usize) -> Result<Cells, 
     });
 
     // By their rules and not by their addresses, so that a member with a low address renumbers no class.
-    //x
+    classes.sort_unstable();
     for (active, peers) in classes {
         let order = merged(&active, &any);
         let plain: Vec<usize> = order.iter().copied().filter(|i| !rules[*i].is_exact()).collect();

@@ -4,7 +4,7 @@
 //! maps that they become, who reaches whom, how its own tests came out, and its health; or why it was refused.
 //! `UPDATE=1 cargo test -p keepwall-secgroup` rewrites the latter; read the difference.
 
-#![allow(clippy::unwrap_used, reason = "tests")]
+#![allow(clippy::unwrap_used, clippy::disallowed_methods, reason = "tests read their cases from files")]
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;

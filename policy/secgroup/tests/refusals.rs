@@ -1,7 +1,7 @@
 //! What the check refuses although the posture parser would have seen it first, and that no kind of refusal is
 //! without a case.
 
-#![allow(clippy::unwrap_used, reason = "tests")]
+#![allow(clippy::unwrap_used, clippy::disallowed_methods, reason = "tests read their cases from files")]
 
 use std::fs;
 use std::path::Path;
