@@ -1,4 +1,5 @@
 //! The agent as a process, in network namespaces of the tests' own. Needs root.
+#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test that cannot go on fails, and says why it skips")]
 
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};

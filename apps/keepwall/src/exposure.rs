@@ -38,7 +38,14 @@ struct Exposed {
     enforced: Option<bool>,
 }
 
-fn look(context: &Context) -> Result<(Vec<Interface>, Vec<Exposed>, Option<Intent>), Failure> {
+/// What a look at this machine gives.
+struct Seen {
+    interfaces: Vec<Interface>,
+    rows: Vec<Exposed>,
+    intent: Option<Intent>,
+}
+
+fn look(context: &Context) -> Result<Seen, Failure> {
     let interfaces = interfaces::all()?;
     let intent = match context.agent.ask(Request::Intent) {
         Ok(Response::Intent(intent)) => intent.map(|i| *i),
@@ -72,7 +79,7 @@ fn look(context: &Context) -> Result<(Vec<Interface>, Vec<Exposed>, Option<Inten
         })
         .collect();
     rows.sort_by(|a, b| (b.listener.scope, a.listener.port).cmp(&(a.listener.scope, b.listener.port)));
-    Ok((interfaces, rows, intent))
+    Ok(Seen { interfaces, rows, intent })
 }
 
 /// Whether our rules let a stranger reach it; `None` where no device that leads there is protected.
@@ -144,7 +151,7 @@ fn print(rows: &[Exposed], intent: Option<&Intent>) {
 }
 
 pub fn show(context: &Context) -> Result<u8, Failure> {
-    let (_, rows, intent) = look(context)?;
+    let Seen { rows, intent, .. } = look(context)?;
     if context.global.json {
         ui::json(&rows);
     } else {
@@ -196,7 +203,7 @@ pub fn up(context: &Context, args: &cli::Up) -> Result<u8, Failure> {
         start_agent(context, &args.state)?;
         agent = "has started and observes only";
     }
-    let (interfaces, rows, intent) = look(context)?;
+    let Seen { interfaces, rows, intent } = look(context)?;
     let proposal = propose(&interfaces, rows.iter().map(|r| &r.listener), &[]);
     if context.global.json {
         ui::json(&serde_json::json!({ "agent": agent, "exposed": rows, "proposal": proposal }));
@@ -417,7 +424,7 @@ pub fn suggest(context: &Context, args: &cli::Suggest) -> Result<u8, Failure> {
         watch_until(context, end, &mut flows)?;
         ui::say(format!("Saw {} flows.", flows.len()));
     }
-    let (interfaces, rows, _) = look(context)?;
+    let Seen { interfaces, rows, .. } = look(context)?;
     let text = propose(&interfaces, rows.iter().map(|r| &r.listener), &flows);
     // What is proposed must be a posture, whatever process names and addresses there were.
     posture::checked(&[keepwall_posture::SourceFile::new("proposal", text.clone())])?;

@@ -25,7 +25,7 @@ fn programs() -> Result<Programs, Failure> {
 /// The posture that the lab enforces: named, the repository's, or a copy of the built-in one.
 fn example(args: &cli::Lab) -> Result<PathBuf, Failure> {
     if let Some(path) = &args.example {
-        return Ok(std::fs::canonicalize(path).map_err(|e| Failure::plain(format!("{}: {e}", path.display())))?);
+        return std::fs::canonicalize(path).map_err(|e| Failure::plain(format!("{}: {e}", path.display())));
     }
     let here = PathBuf::from("examples/web-and-db.yaml");
     if std::fs::read_to_string(&here).is_ok_and(|text| text == EXAMPLE) {

@@ -367,17 +367,22 @@ fn member(context: &Context, membership: &Membership, joins: bool) -> Result<u8,
     })
 }
 
-/// Words of the command line as a rule. Goes through the same reading as a snapshot's rules.
-fn rule(
+/// A rule in words of the command line.
+#[derive(Default)]
+struct Words<'a> {
     drop: bool,
-    protocol: &str,
-    ports: Option<&str>,
-    peers: &str,
+    protocol: &'a str,
+    ports: Option<&'a str>,
+    peers: &'a str,
     priority: u8,
-    local: Option<&str>,
-    source_ports: Option<&str>,
-    description: &str,
-) -> Result<NewRule, Failure> {
+    local: Option<&'a str>,
+    source_ports: Option<&'a str>,
+    description: &'a str,
+}
+
+/// Words as a rule. Goes through the same reading as a snapshot's rules.
+fn rule(said: &Words<'_>) -> Result<NewRule, Failure> {
+    let Words { drop, protocol, ports, peers, priority, local, source_ports, description } = *said;
     let words = |text: &str| -> Vec<String> {
         text.split(',').map(|w| w.trim().to_owned()).filter(|w| !w.is_empty()).collect()
     };
@@ -411,16 +416,16 @@ fn direction(egress: bool) -> Direction {
 fn add(context: &Context, args: &RuleArgs) -> Result<u8, Failure> {
     let desk = Desk::open(context)?;
     let at = desk.file_of(&args.group)?;
-    let rule = rule(
-        args.drop,
-        &args.protocol,
-        args.ports.as_deref(),
-        &args.peer,
-        args.priority,
-        args.local.as_deref(),
-        args.source_ports.as_deref(),
-        &args.description,
-    )?;
+    let rule = rule(&Words {
+        drop: args.drop,
+        protocol: &args.protocol,
+        ports: args.ports.as_deref(),
+        peers: &args.peer,
+        priority: args.priority,
+        local: args.local.as_deref(),
+        source_ports: args.source_ports.as_deref(),
+        description: &args.description,
+    })?;
     let way = direction(args.egress);
     desk.change(at, Some(&args.group), &format!("{} has the {way} rule", args.group), |text| {
         edit::add_rule(text, &args.group, way, &rule)
@@ -433,16 +438,14 @@ fn remove(context: &Context, args: &RuleRemove) -> Result<u8, Failure> {
     let selector = match args.number {
         Some(0) => return Err(Failure::new("rules count from 1", "see `keepwall sg show`")),
         Some(number) => RuleSelector::Index(number - 1),
-        None => RuleSelector::Tuple(rule(
-            args.drop,
-            &args.protocol,
-            args.ports.as_deref(),
-            args.peer.as_deref().unwrap_or_default(),
-            args.priority,
-            None,
-            None,
-            "",
-        )?),
+        None => RuleSelector::Tuple(rule(&Words {
+            drop: args.drop,
+            protocol: &args.protocol,
+            ports: args.ports.as_deref(),
+            peers: args.peer.as_deref().unwrap_or_default(),
+            priority: args.priority,
+            ..Words::default()
+        })?),
     };
     let way = direction(args.egress);
     desk.change(at, Some(&args.group), &format!("{} has no such {way} rule", args.group), |text| {
@@ -457,7 +460,10 @@ fn set(context: &Context, args: &RuleSet) -> Result<u8, Failure> {
     let ports = match &args.ports {
         None => None,
         // Read by the same reader as a whole rule's.
-        Some(text) => Some(rule(false, "tcp", Some(text), "any", 1, None, None, "")?.ports),
+        Some(text) => {
+            let said = Words { protocol: "tcp", ports: Some(text), peers: "any", priority: 1, ..Words::default() };
+            Some(rule(&said)?.ports)
+        }
     };
     let change = RuleChange {
         description: args.description.clone(),

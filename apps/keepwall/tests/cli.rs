@@ -1,4 +1,5 @@
 //! The command line without an agent: what it says, how it exits, what it does to files.
+#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test that cannot go on fails, and says why it skips")]
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};

@@ -1,4 +1,5 @@
 //! The lab and its drills, as a user runs them. Needs root; the lab holds a lock, so tests take turns.
+#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test that cannot go on fails, and says why it skips")]
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};

@@ -59,10 +59,10 @@ pub fn foreign_drops(probes: &[Probe]) -> Result<Vec<ForeignVerdict>, NftError> 
     let mut out = Vec::new();
     for dumped in tables.iter().filter(|d| d.table.name != "keepwall" && d.table.name != TRACE_TABLE) {
         for (number, probe) in probes.iter().enumerate() {
-            let family = match (dumped.table.family, probe.source) {
-                (TableFamily::Inet, _) | (TableFamily::Ip, IpAddr::V4(_)) | (TableFamily::Ip6, IpAddr::V6(_)) => true,
-                _ => false,
-            };
+            let family = matches!(
+                (dumped.table.family, probe.source),
+                (TableFamily::Inet, _) | (TableFamily::Ip, IpAddr::V4(_)) | (TableFamily::Ip6, IpAddr::V6(_))
+            );
             if !family || out.len() >= DROPS_MAX {
                 continue;
             }

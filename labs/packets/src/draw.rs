@@ -161,8 +161,9 @@ pub fn numbered(dice: &mut Dice, n: usize) -> Case {
 
 /// Entries of a list that makes classes: times its ports, more than a direct map takes.
 const CLASS_ENTRIES: usize = 160;
-/// Rules, one port each, about such a list. 160 × 110 = 17,600 cells are more than `lower`'s 16,384.
-const CLASS_PORTS: u16 = 110;
+/// Rules, one port each, about such a list. 160 × 200 = 32,000 cells are more than `lower`'s 16,384, also when a
+/// third of the hosts lie in blocks of the list.
+const CLASS_PORTS: u16 = 200;
 
 /// Draws a policy whose peers the lowering sorts into classes: long prefix lists, many ports each.
 #[must_use]

@@ -150,10 +150,11 @@ impl Harness {
     /// A device or socket failed, or lost something.
     pub fn arrived(&mut self, trips: &[Trip]) -> Result<Vec<bool>, Failure> {
         let mut out = vec![false; trips.len()];
-        for path in Path::ALL {
-            // What goes one way could be the answer to what went the other.
+        for (path, guest) in Path::ALL.into_iter().flat_map(|path| [(path, 1), (path, 2)]) {
+            let mine: Vec<usize> =
+                (0..trips.len()).filter(|n| (trips[*n].path, trips[*n].guest) == (path, guest)).collect();
+            // What goes one way could be the answer to what went the other, and between guests to what came back.
             self.conntrack.danger_flush()?;
-            let mine: Vec<usize> = (0..trips.len()).filter(|n| trips[*n].path == path).collect();
             for batch in mine.chunks(BATCH) {
                 self.batch(path, trips, batch, &mut out)?;
             }

@@ -10,6 +10,8 @@ use crate::draw::{Case, Dice, GUEST_DEVICES, HOST, HOST_DEVICE, Path, Trip};
 
 /// Probes for one element at most; where its cells are more, some are drawn.
 const PROBES_PER_ELEMENT: usize = 120;
+/// Probes for one service prefix at most.
+const PROBES_PER_SERVICE: usize = 6_000;
 /// Probes for one table, about: with many elements each gets fewer, though never fewer than its edges.
 const PROBES_PER_TABLE: usize = 20_000;
 /// Probes for one element that lie on or just beyond its bounds.
@@ -235,6 +237,8 @@ impl<'a> Space<'a> {
                 let Some(region) = Region::of_element(self.table, map, element) else { continue };
                 let Some(side) = region.sides.first() else { continue };
                 let axes = self.axes(side, &region);
+                // A service prefix matters only where a rule denies, which may be rare.
+                let most = if map.name.contains("_services") { PROBES_PER_SERVICE } else { most };
                 match self.combine(side, &axes, most) {
                     Some(all) => out.extend(all),
                     None => (0..most).for_each(|_| out.extend(self.draw(dice, side, &axes))),
