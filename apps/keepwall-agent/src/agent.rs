@@ -63,6 +63,33 @@ pub(crate) fn devices() -> Vec<Interface> {
     interfaces::all().unwrap_or_default()
 }
 
+/// Interfaces of the intent whose packets cannot be seen by their device's name, and what to do about it.
+fn unseen(intent: &Intent, interfaces: &[Interface]) -> Vec<String> {
+    let mut out = Vec::new();
+    for attachment in &intent.attachments {
+        let (name, device) = (&attachment.name, &attachment.device);
+        match interfaces.iter().find(|i| i.name == *device) {
+            None => {
+                out.push(format!("{name}: there is no device `{device}` now; its rules take effect when one appears"))
+            }
+            Some(Interface { master: Some(master), .. }) => {
+                let master =
+                    interfaces.iter().find(|i| i.index == *master).map_or("another device", |i| i.name.as_str());
+                let fix = if attachment.guest {
+                    "give the guest a routed device instead of a bridged one"
+                } else {
+                    "attach that device instead"
+                };
+                out.push(format!(
+                    "{name}: `{device}` is part of `{master}`, by which its packets arrive, so its rules do NOT apply; {fix}"
+                ));
+            }
+            Some(_) => {}
+        }
+    }
+    out
+}
+
 /// Loads the last confirmed state and ends.
 pub(crate) fn restore(state: &Path) -> Result<(), String> {
     let state = StateDir::lock(state).map_err(|error| format!("cannot use {}: {error}", state.display()))?;
@@ -197,7 +224,11 @@ impl Agent {
                 })
                 .collect(),
             drift: self.drift.clone(),
-            degraded: self.enforcer.degraded(),
+            degraded: {
+                let mut all = self.enforcer.degraded();
+                all.extend(intent.map(|i| unseen(i, &present)).unwrap_or_default());
+                all
+            },
         }
     }
 
@@ -234,14 +265,7 @@ impl Agent {
 
         let interfaces = devices();
         let mut warnings = self.lock_out(&apply, peer, &interfaces)?;
-        for attachment in &apply.intent.attachments {
-            if !interfaces.iter().any(|i| i.name == attachment.device) {
-                warnings.push(format!(
-                    "{}: there is no device `{}` now; its rules take effect when one appears",
-                    attachment.name, attachment.device
-                ));
-            }
-        }
+        warnings.extend(unseen(&apply.intent, &interfaces));
 
         let generation = self.generation().max(record::highest(self.state.path())).next();
         record::write_highest(&self.state, generation).map_err(disk)?;

@@ -222,3 +222,39 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     }
     text
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test that cannot go on fails, and says why it skips")]
+mod tests {
+    use super::*;
+
+    /// A kernel without owned tables (before 6.9), where others can change ours.
+    #[test]
+    fn what_others_change_is_noticed_and_repaired() {
+        let story = || {
+            let mut enforcer = Enforcer::open().unwrap();
+            let features = enforcer.features().unwrap();
+            enforcer.features = Some(Features { table_flags: 0, ..features });
+            let mut intent = Intent::empty("web");
+            intent.flow_log_per_s = 0;
+            enforcer.enforce(&intent).unwrap();
+            assert_eq!(enforcer.verify().unwrap(), Drift::None);
+            let nft = |arguments: &[&str]| {
+                std::process::Command::new("nft").args(arguments).status().is_ok_and(|s| s.success())
+            };
+            if !nft(&["flush", "chain", "inet", "keepwall", "input"]) {
+                return eprintln!("skipped: nftables is not installed");
+            }
+            assert!(matches!(enforcer.verify().unwrap(), Drift::Repaired(what) if !what.is_empty()));
+            assert_eq!(enforcer.verify().unwrap(), Drift::None);
+            assert!(nft(&["flush", "ruleset"]));
+            assert!(matches!(enforcer.verify().unwrap(), Drift::Repaired(_)));
+            assert_eq!(enforcer.verify().unwrap(), Drift::None);
+            assert!(!enforcer.degraded().is_empty(), "the user is told");
+        };
+        match keepwall_host::namespace::in_a_new_one(story) {
+            Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => eprintln!("skipped: needs root"),
+            other => other.unwrap(),
+        }
+    }
+}

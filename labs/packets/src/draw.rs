@@ -175,9 +175,9 @@ pub fn classes(dice: &mut Dice) -> Case {
         entries.retain(|prefix| prefix.len() > 8);
         entries.sort();
         entries.dedup();
-        // Half whole blocks within others, half single hosts.
-        let hosts = (0..CLASS_ENTRIES).map(|_| Prefix::host(address(dice, family)));
-        entries = entries.into_iter().take(40).chain(hosts).collect();
+        // A few blocks, some within others, and many single hosts.
+        let hosts = (0..CLASS_ENTRIES + 30).map(|_| Prefix::host(address(dice, family)));
+        entries = entries.into_iter().rev().take(10).chain(hosts).collect();
         entries.sort();
         entries.dedup();
         drawn.prefix_lists.push(PrefixList {

@@ -59,14 +59,3 @@ fn broken_tables_are_noticed() {
     assert!(mutants.share() >= 0.99, "{mutants:?}");
     assert!(mutants.made >= 40 && mutants.equivalent < mutants.made * 2 / 3, "{mutants:?}");
 }
-
-#[test]
-fn dbg() {
-    for seed in 0..4 {
-        let case = draw::classes(&mut Dice::new(seed));
-        let t = lowered(&case, "t").table;
-        for m in t.maps.iter().filter(|m| m.elements.len() > 50) { eprintln!("{seed} {} {}", m.name, m.elements.len()); }
-        let l = case.checked.spec().prefix_lists.last().unwrap();
-        eprintln!("{} {:?}", l.entries.len(), l.family);
-    }
-}

@@ -402,6 +402,13 @@ impl Build<'_> {
                 "another guest's MAC address",
             ));
         }
+        // A guest that advertises itself as a router, or redirects, would take over others' traffic.
+        for kind in [134, 137] {
+            let mut router = nfproto(Family::Ipv6).to_vec();
+            router.extend(icmp(58, kind, None));
+            router.push(goto(&spoofed));
+            rules.push(rule(router, "a guest is no router"));
+        }
         // DHCP asks from 0.0.0.0, duplicate address detection and MLD from ::, neighbour discovery from fe80::/10.
         let mut dhcp = nfproto(Family::Ipv4).to_vec();
         dhcp.extend([address(Family::Ipv4, true, 0), cmp(0, [0; 4])]);
@@ -448,14 +455,7 @@ impl Build<'_> {
         self.chain(name, rules)
     }
 
-    fn map(
-        &mut self,
-        name: &str,
-        key: Vec<FieldType>,
-        interval: bool,
-        data: MapData,
-        elements: Vec<NewElement<'_>>,
-    ) {
+    fn map(&mut self, name: &str, key: Vec<FieldType>, interval: bool, data: MapData, elements: Vec<NewElement<'_>>) {
         let mut out = Vec::with_capacity(elements.len());
         let counters = data == MapData::Verdict && elements.iter().any(|(_, _, of)| of.is_some());
         for (key, data, of) in elements {

@@ -19,6 +19,8 @@ pub struct Interface {
     pub up: bool,
     /// True for `lo`.
     pub loopback: bool,
+    /// Number of the bridge or bond that it is part of: packets then arrive by that device, not by this one.
+    pub master: Option<u32>,
     /// Its addresses.
     pub addresses: Vec<Address>,
 }
@@ -55,11 +57,14 @@ pub fn all() -> io::Result<Vec<Interface>> {
         let name = attributes(&body[16..])
             .find(|(kind, _)| *kind == 3)
             .map(|(_, value)| crate::processes::clean(value.strip_suffix(b"\0").unwrap_or(value)));
+        const IFLA_MASTER: u16 = 10;
+        let master = attributes(&body[16..]).find(|(kind, _)| *kind == IFLA_MASTER).map(|(_, value)| word(value, 0));
         let interface = Interface {
             name: name.unwrap_or_default(),
             index,
             up: flags & IFF_UP != 0,
             loopback: flags & IFF_LOOPBACK != 0,
+            master,
             addresses: Vec::new(),
         };
         out.insert(index, interface);
