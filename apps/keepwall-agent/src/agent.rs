@@ -38,6 +38,7 @@ pub(crate) struct Agent {
     confirmed: Option<Record>,
     pending: Option<Pending>,
     drift: Drift,
+    repairs: u64,
     started: Instant,
     boot: String,
 }
@@ -144,6 +145,7 @@ impl Agent {
             confirmed,
             pending,
             drift: Drift::NoTable,
+            repairs: 0,
             started: Instant::now(),
             boot: record::boot(),
         };
@@ -224,6 +226,7 @@ impl Agent {
                 })
                 .collect(),
             drift: self.drift.clone(),
+            repairs: self.repairs,
             degraded: {
                 let mut all = self.enforcer.degraded();
                 all.extend(intent.map(|i| unseen(i, &present)).unwrap_or_default());
@@ -499,6 +502,7 @@ impl Agent {
             Drift::Contested(what) => log(format!("somebody keeps changing our table: {}", what.join("; "))),
             Drift::None | Drift::NoTable => {}
         }
+        self.repairs += u64::from(matches!(drift, Drift::Repaired(_)));
         self.drift = drift.clone();
         Ok(drift)
     }

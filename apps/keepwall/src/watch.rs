@@ -40,6 +40,13 @@ pub fn status(context: &Context) -> Result<u8, Failure> {
         let confirmed = status.confirmed.map_or("nothing yet".to_owned(), |g| g.to_string());
         ui::out(format!("  in force: {}; a restart comes back to: {confirmed}", status.generation));
         say_drift(&status.drift);
+        if status.repairs > 0 {
+            ui::out(format!(
+                "  {} others changed our table {} times; it was repaired each time",
+                ui::yellow("!"),
+                status.repairs
+            ));
+        }
     }
     if !status.attachments.is_empty() {
         ui::out("");

@@ -183,6 +183,8 @@ pub struct Status {
     pub attachments: Vec<AttachmentStatus>,
     /// The kernel against what it should hold.
     pub drift: Drift,
+    /// How often the table had to be repaired since the agent started.
+    pub repairs: u64,
     /// What this kernel lacks and what we do instead.
     pub degraded: Vec<String>,
 }
