@@ -44,7 +44,12 @@ fn packet() -> Packet {
         transport,
         l4proto: 6,
         iif_type: 1,
-        ct: Some(Connection { state: 8, original_destination: vec![10, 0, 0, 5], original_port: 22, ..Connection::default() }),
+        ct: Some(Connection {
+            state: 8,
+            original_destination: vec![10, 0, 0, 5],
+            original_port: 22,
+            ..Connection::default()
+        }),
         ..Packet::default()
     }
 }

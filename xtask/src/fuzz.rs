@@ -159,7 +159,9 @@ fn fuzz(binaries: &Path, (name, longest): (&str, usize), seconds: u32) -> Result
 /// Where an input that broke a target goes, so that it never does again.
 fn advice(target: &str) -> &'static str {
     match target {
-        "posture" => "copy it to policy/posture/tests/cases/NAME.yaml, with a comment on what it was, and mend the parser",
+        "posture" => {
+            "copy it to policy/posture/tests/cases/NAME.yaml, with a comment on what it was, and mend the parser"
+        }
         "nft_decode" => "put its bytes into a test in ir/tests/netlink.rs, with a sentence on what they were",
         "link" => "put its bytes into a test in control/link/src/lib.rs, with a sentence on what they were",
         _ => "put its text into a test in policy/secgroup/tests/meaning.rs, with a sentence on what it was",
@@ -190,7 +192,8 @@ fn seed() -> Result<(), String> {
     for folder in ["examples", "policy/posture/tests/cases", "policy/secgroup/tests/cases"] {
         let entries = fs::read_dir(root().join(folder)).map_err(|error| format!("{folder}: {error}"))?;
         for path in entries.filter_map(Result::ok).map(|entry| entry.path()) {
-            let Some(name) = path.file_name().and_then(|name| name.to_str()).filter(|name| name.ends_with(".yaml")) else {
+            let Some(name) = path.file_name().and_then(|name| name.to_str()).filter(|name| name.ends_with(".yaml"))
+            else {
                 continue;
             };
             let text = fs::read(&path).map_err(|error| format!("{}: {error}", path.display()))?;

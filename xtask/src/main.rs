@@ -3,6 +3,8 @@
 mod ci;
 mod fuzz;
 mod tidy;
+pub mod traffic;
+pub mod verdicts;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -26,7 +28,13 @@ Proofs (see CONTRIBUTING.md; those with real packets need root and use namespace
 type Chore = fn(&[String]) -> Result<(), String>;
 
 /// Each command with what runs it.
-const CHORES: &[(&str, Chore)] = &[("tidy", tidy::run), ("ci", ci::run), ("fuzz", fuzz::run)];
+const CHORES: &[(&str, Chore)] = &[
+    ("tidy", tidy::run),
+    ("ci", ci::run),
+    ("fuzz", fuzz::run),
+    ("verdicts", verdicts::run),
+    ("traffic", traffic::run),
+];
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();

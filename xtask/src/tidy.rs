@@ -67,6 +67,7 @@ pub(crate) fn run(args: &[String]) -> Result<(), String> {
             long.push(format!("{path} ({})", text.lines().count()));
         }
     }
+    named_tests(&root, &files, &mut complaints);
     if !long.is_empty() {
         say(format!("longer than {LINES_MAX} lines, worth a thought: {}", long.join(", ")));
     }
@@ -174,7 +175,8 @@ fn manifest(root: &Path, members: &[Member], member: &Member, complaints: &mut V
     let lints = section(&member.manifest, "lints").any(|line| line.trim() == "workspace = true");
     if layer == "sys" {
         if !member.manifest.contains("undocumented_unsafe_blocks = \"deny\"") {
-            complaints.push(format!("{place}: deny clippy::undocumented_unsafe_blocks: each block says why it is sound"));
+            complaints
+                .push(format!("{place}: deny clippy::undocumented_unsafe_blocks: each block says why it is sound"));
         }
     } else if !lints {
         complaints.push(format!("{place}: add `[lints]` with `workspace = true`"));
@@ -192,7 +194,8 @@ fn manifest(root: &Path, members: &[Member], member: &Member, complaints: &mut V
 }
 
 fn walk(root: &Path, folder: &Path, out: &mut Vec<String>) -> std::io::Result<()> {
-    let mut entries: Vec<PathBuf> = fs::read_dir(folder)?.map(|entry| entry.map(|e| e.path())).collect::<Result<_, _>>()?;
+    let mut entries: Vec<PathBuf> =
+        fs::read_dir(folder)?.map(|entry| entry.map(|e| e.path())).collect::<Result<_, _>>()?;
     entries.sort();
     for path in entries {
         let Ok(relative) = path.strip_prefix(root) else { continue };
@@ -211,7 +214,8 @@ fn walk(root: &Path, folder: &Path, out: &mut Vec<String>) -> std::io::Result<()
 
 /// Words in pieces, so that this file does not complain about itself.
 const LATER: [&str; 3] = [concat!("TO", "DO"), concat!("FIX", "ME"), concat!("XX", "X")];
-const MACHINE: [&str; 4] = [concat!("/wo", "rk/"), concat!("/tmp/tar", "get"), concat!("/ro", "ot/"), concat!("/ho", "me/")];
+const MACHINE: [&str; 4] =
+    [concat!("/wo", "rk/"), concat!("/tmp/tar", "get"), concat!("/ro", "ot/"), concat!("/ho", "me/")];
 const UNSAFE: &str = concat!("un", "safe");
 
 fn lines(path: &str, text: &str, complaints: &mut Vec<String>) {
@@ -222,7 +226,8 @@ fn lines(path: &str, text: &str, complaints: &mut Vec<String>) {
             complaints.push(format!("{place}: {word}: do it, or open an issue and say in the text what holds today"));
         }
         if let Some(prefix) = MACHINE.iter().find(|prefix| line.contains(*prefix)) {
-            complaints.push(format!("{place}: `{prefix}…` is a path of one machine; use a relative path or an argument"));
+            complaints
+                .push(format!("{place}: `{prefix}…` is a path of one machine; use a relative path or an argument"));
         }
         let code = line.trim_start();
         let opens = ["{", "fn ", "impl ", "extern "].iter().any(|next| code.contains(&format!("{UNSAFE} {next}")));
@@ -255,6 +260,22 @@ fn links(root: &Path, path: &str, text: &str, complaints: &mut Vec<String>) {
             if !root.join(folder).join(target).exists() {
                 complaints.push(format!("{path}:{}: there is no `{target}`; mend the link or write the page", n + 1));
             }
+        }
+    }
+}
+
+/// The page on known attacks names tests: each must be there.
+const NAMES_TESTS: &str = "docs/known-attacks.md";
+
+fn named_tests(root: &Path, files: &[String], complaints: &mut Vec<String>) {
+    let read = |path: &str| fs::read_to_string(root.join(path)).unwrap_or_default();
+    let page = read(NAMES_TESTS);
+    let code: String = files.iter().filter(|path| path.ends_with(".rs")).map(|path| read(path)).collect();
+    // Every second piece stands between backticks; a test's name is a sentence with underscores.
+    for name in page.split('`').skip(1).step_by(2) {
+        let sentence = name.matches('_').count() >= 3 && name.chars().all(|c| c.is_ascii_lowercase() || c == '_');
+        if sentence && !code.contains(&format!("fn {name}(")) {
+            complaints.push(format!("{NAMES_TESTS}: there is no test `{name}`; name the one that covers the row now"));
         }
     }
 }
@@ -298,7 +319,10 @@ mod tests {
     #[test]
     fn what_runs_as_root_links_little() {
         let found = complaints(member("apps/keepwall-agent", "a", "serde.workspace = true\nclap.workspace = true"));
-        assert!(found.len() == 1 && found[0].contains("`clap` is not in the budget of apps/keepwall-agent"), "{found:?}");
+        assert!(
+            found.len() == 1 && found[0].contains("`clap` is not in the budget of apps/keepwall-agent"),
+            "{found:?}"
+        );
         let found = complaints(member("core", "c", "\n[target.'cfg(unix)'.dependencies]\nlibc = \"1\""));
         assert!(found.iter().any(|text| text.contains("`libc`")), "{found:?}");
     }
@@ -317,7 +341,8 @@ mod tests {
     #[test]
     fn a_link_that_leads_nowhere_is_seen() {
         let mut out = Vec::new();
-        let text = "[a](Cargo.toml) [b](no-such-page.md#x) [c](https://example.org/) [d](#here)\n```\n[e](nowhere)\n```\n";
+        let text =
+            "[a](Cargo.toml) [b](no-such-page.md#x) [c](https://example.org/) [d](#here)\n```\n[e](nowhere)\n```\n";
         links(&root(), "page.md", text, &mut out);
         assert_eq!(out, ["page.md:1: there is no `no-such-page.md`; mend the link or write the page"]);
     }

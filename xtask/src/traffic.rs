@@ -92,7 +92,16 @@ pub fn run(args: &[String]) -> Result<(), String> {
     say("\nkill -9 of the process that replaces, with its state files");
     say(format!(
         "{:>7}{:>8}{:>10}{:>14}{:>10}{:>9}{:>7}{:>9}{:>14}{:>9}",
-        "rules", "kills", "replaced", "in the middle", "packets", "leaked", "lost", "neither", "files checked", "damaged"
+        "rules",
+        "kills",
+        "replaced",
+        "in the middle",
+        "packets",
+        "leaked",
+        "lost",
+        "neither",
+        "files checked",
+        "damaged"
     ));
     // Most at the sizes where a replacement takes long enough to be hit in each of its phases.
     for (rules, share) in SIZES.into_iter().zip([3, 4, 3]) {
@@ -209,11 +218,8 @@ impl Traffic {
         let number = self.packets as u32;
         let ipv6 = self.packets % 4 >= 2;
         let session = (self.packets % u64::from(SESSIONS)) as u16;
-        let destination: IpAddr = if ipv6 {
-            Ipv6Addr::new(0xfd00, 1, 0, 0, 0, 0, 0, 1).into()
-        } else {
-            Ipv4Addr::new(10, 1, 0, 1).into()
-        };
+        let destination: IpAddr =
+            if ipv6 { Ipv6Addr::new(0xfd00, 1, 0, 0, 0, 0, 0, 1).into() } else { Ipv4Addr::new(10, 1, 0, 1).into() };
         let trip = Trip {
             path: Way::Input,
             guest: 1,
@@ -426,7 +432,12 @@ fn under_kills(rules: usize, kills: u32) -> Result<u64, Failure> {
 }
 
 /// Sends packets until the child wants a version after `before`.
-fn wait_for_change(directory: &Path, before: u32, traffic: &mut Traffic, child: &mut Child) -> Result<Instant, Failure> {
+fn wait_for_change(
+    directory: &Path,
+    before: u32,
+    traffic: &mut Traffic,
+    child: &mut Child,
+) -> Result<Instant, Failure> {
     let started = Instant::now();
     loop {
         for _ in 0..50 {
@@ -453,13 +464,7 @@ fn number_in(directory: &Path, name: &str) -> Result<Option<u32>, Failure> {
 
 /// After a kill nobody changes anything: the files are whole, and packets get the one version or the other. Returns
 /// the version that the file says is current.
-fn check(
-    directory: &Path,
-    rules: usize,
-    before: u32,
-    traffic: &mut Traffic,
-    seen: &mut Kills,
-) -> Result<u32, Failure> {
+fn check(directory: &Path, rules: usize, before: u32, traffic: &mut Traffic, seen: &mut Kills) -> Result<u32, Failure> {
     let mut numbers = BTreeMap::new();
     for name in ["wanted", "current"] {
         seen.files += 1;

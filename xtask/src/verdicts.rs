@@ -100,10 +100,7 @@ fn verdicts(size: Size) -> Result<bool, String> {
         })?);
     }
     let seconds = started.elapsed().as_secs_f64();
-    say(format!(
-        "\n{:<14}{:>10}{:>12}{:>10}{:>11}",
-        "path", "pairs", "of: kernel", "of: IPv6", "allowed"
-    ));
+    say(format!("\n{:<14}{:>10}{:>12}{:>10}{:>11}", "path", "pairs", "of: kernel", "of: IPv6", "allowed"));
     let total = tally.total();
     let names = Path::ALL.map(|path| format!("{path:?}"));
     for (name, way) in names.iter().map(String::as_str).zip(tally.ways).chain([("all", total)]) {

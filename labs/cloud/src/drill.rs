@@ -170,6 +170,19 @@ pub fn drill(programs: &Programs, posture: &Path, mut each: impl FnMut(&Line)) -
         web(8080)? && alive(&mut old),
         "8080 open, session alive",
     ));
+    // The other setting: what is established lives on, and only new sessions meet the new rules.
+    let keep = Path::new(DIRECTORY).join("keep.yaml");
+    let text = std::fs::read_to_string(&cut).map_err(|e| e.to_string())?.replace("on_deny: cut", "on_deny: keep");
+    std::fs::write(&keep, text).map_err(|e| e.to_string())?;
+    let mut kept = session()?;
+    let out = keepwall(programs, "web", &keep, &["apply", "--yes", "--danger-no-confirm"], None)?;
+    let (lives, closed) = (alive(&mut kept), !arrives(&ssh())?);
+    add(line(
+        "cut SSH with sessions.on_deny: keep",
+        "the session lives, a new one is refused",
+        out.status.success() && lives && closed,
+        format!("session {}, new one {}", word(lives), word(!closed)),
+    ));
     // Leave the lab as it was found.
     let out = keepwall(programs, "web", posture, &["apply", "--yes", "--danger-no-confirm"], None)?;
     add(line("back to the example", "applied", out.status.success(), "applied"));

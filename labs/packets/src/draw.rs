@@ -151,12 +151,29 @@ pub fn numbered(dice: &mut Dice, n: usize) -> Case {
     if n % 53 == 7 {
         classes(dice)
     } else if n % 20 == 3 {
-        let rules = 30 + dice.below(60);
-        case(dice, rules)
+        // Rules that overlap at random multiply; what would need ages to compare is drawn again.
+        loop {
+            let rules = 30 + dice.below(60);
+            let case = case(dice, rules);
+            if fits(&case) {
+                return case;
+            }
+        }
     } else {
         let rules = 1 + dice.below(12);
         case(dice, rules)
     }
+}
+
+/// Elements of one interface that a drawn policy may need.
+const ELEMENTS_MAX: u32 = 10_000;
+
+fn fits(case: &Case) -> bool {
+    let intent = keepwall_secgroup::intent::resolve(&case.checked, "host");
+    intent.is_ok_and(|intent| {
+        let intent = keepwall_secgroup::intent::Intent { elements_max: ELEMENTS_MAX, ..intent };
+        keepwall_secgroup::lower::lower(&intent, "t").is_ok()
+    })
 }
 
 /// Entries of a list that makes classes: times its ports, more than a direct map takes.

@@ -55,8 +55,9 @@ fn a_name_stands_for_one_thing() {
 fn a_device_has_a_name_that_linux_takes() {
     for (device, bytes) in [("", 0), ("sixteen-bytes-xx", 16)] {
         let found = refused(|spec| spec.instances[0].interfaces[0].device = device.into());
-        let wanted =
-            format!("by-hand.yaml:3: device `{device}` has {bytes} bytes; Linux allows 1 to 15 | name the device with `device:`");
+        let wanted = format!(
+            "by-hand.yaml:3: device `{device}` has {bytes} bytes; Linux allows 1 to 15 | name the device with `device:`"
+        );
         assert_eq!(found, [wanted]);
     }
 }
@@ -65,7 +66,9 @@ fn a_device_has_a_name_that_linux_takes() {
 fn an_advanced_group_stays_isolated() {
     assert_eq!(
         refused(|spec| spec.groups[1].inner_access = Some(InnerAccess::Accept)),
-        ["by-hand.yaml:11: advanced group `ci` is isolated; inner_access cannot be accept | remove `inner_access`, or use `type: basic`"]
+        [
+            "by-hand.yaml:11: advanced group `ci` is isolated; inner_access cannot be accept | remove `inner_access`, or use `type: basic`"
+        ]
     );
 }
 
