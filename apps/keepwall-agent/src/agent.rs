@@ -9,11 +9,11 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use keepwall_core::Generation;
 use keepwall_host::peer::Peer;
-use keepwall_host::state::StateDir;
+use keepwall_host::state::{LockError, StateDir};
 use keepwall_host::{clock, process};
 use keepwall_link::{Applied, Apply, AttachmentStatus, Counters, Drift, ForeignDrop, Refused, Status};
 use keepwall_secgroup::intent::Intent;
@@ -64,6 +64,29 @@ pub(crate) fn devices() -> Vec<Interface> {
     interfaces::all().unwrap_or_default()
 }
 
+/// How long a watchdog or a boot's restore may need with the state, before an agent that starts gives up.
+const LOCK_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Takes the state; waits for a watchdog or a restore that is just using it, and for nobody else.
+fn lock(path: &Path) -> Result<StateDir, String> {
+    let started = Instant::now();
+    loop {
+        match StateDir::lock(path) {
+            Ok(state) => return Ok(state),
+            Err(LockError::Held(Some(pid))) if started.elapsed() < LOCK_PATIENCE && passing(pid) => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            Err(error) => return Err(format!("cannot use {}: {error}", path.display())),
+        }
+    }
+}
+
+/// True for a process that gives the state back by itself, or that has just ended.
+fn passing(pid: u32) -> bool {
+    let arguments = keepwall_sensors::processes::arguments(pid);
+    arguments.is_empty() || arguments.get(1).is_some_and(|command| command == "watchdog" || command == "restore")
+}
+
 /// Interfaces of the intent whose packets cannot be seen by their device's name, and what to do about it.
 fn unseen(intent: &Intent, interfaces: &[Interface]) -> Vec<String> {
     let mut out = Vec::new();
@@ -93,7 +116,7 @@ fn unseen(intent: &Intent, interfaces: &[Interface]) -> Vec<String> {
 
 /// Loads the last confirmed state and ends.
 pub(crate) fn restore(state: &Path) -> Result<(), String> {
-    let state = StateDir::lock(state).map_err(|error| format!("cannot use {}: {error}", state.display()))?;
+    let state = lock(state)?;
     let Some(record) = record::confirmed(state.path()).map_err(|error| error.to_string())? else {
         log("nothing was ever confirmed; nothing to restore");
         return Ok(());
@@ -108,7 +131,7 @@ pub(crate) fn restore(state: &Path) -> Result<(), String> {
 
 /// The agent is dead and a change was not confirmed: back to the confirmed state, or to nothing.
 pub(crate) fn revert_without_agent(state: &Path) -> Result<(), String> {
-    let state = StateDir::lock(state).map_err(|error| format!("cannot use {}: {error}", state.display()))?;
+    let state = lock(state)?;
     let mut enforcer = Enforcer::open().map_err(|error| crate::enforce::chain(&error))?;
     match record::confirmed(state.path()).map_err(|error| error.to_string())? {
         Some(record) => {
@@ -128,7 +151,7 @@ pub(crate) fn revert_without_agent(state: &Path) -> Result<(), String> {
 
 impl Agent {
     pub(crate) fn start(state: &Path, socket: &Path) -> Result<Agent, String> {
-        let state = StateDir::lock(state).map_err(|error| format!("cannot use {}: {error}", state.display()))?;
+        let state = lock(state)?;
         let enforcer = Enforcer::open().map_err(|error| crate::enforce::chain(&error))?;
         let confirmed = record::confirmed(state.path()).map_err(|error| {
             format!(

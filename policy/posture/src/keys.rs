@@ -76,7 +76,7 @@ pub(crate) const ALL: &[&Keys] =
     &[&POSTURE, &SETTINGS, &SESSIONS, &LIMITS, &INSTANCE, &INTERFACE, &GROUP, &RULE, &PREFIX_LIST, &PORT_LIST, &TEST];
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used, reason = "tests")]
+#[allow(clippy::unwrap_used, clippy::disallowed_methods, reason = "tests read the pages that they compare")]
 mod tests {
     use std::collections::BTreeSet;
 
