@@ -75,13 +75,17 @@ const DEPTH_MAX: usize = 16;
 /// steps both outcomes are called possible.
 const STEPS_MAX: usize = 200_000;
 
+/// Forks and base chains within each other: each is a frame on the stack, of which the agent's threads have 2 MiB.
+/// Foreign tables decide how many; beyond this both outcomes are called possible.
+const NESTED_MAX: usize = 256;
+
 /// What `table` does to `packet` at `hook`.
 #[must_use]
 pub fn run(table: &Table, hook: Hook, packet: &Packet) -> Outcome {
     let mut bases: Vec<&Chain> =
         table.chains.iter().filter(|chain| chain.base.as_ref().is_some_and(|base| base.hook == hook)).collect();
     bases.sort_by_key(|chain| chain.base.as_ref().map_or(0, |base| base.priority));
-    let mut machine = Machine { table, packet, out: Outcome::default(), steps: 0 };
+    let mut machine = Machine { table, packet, out: Outcome::default(), steps: 0, nested: 0 };
     machine.bases(&bases, &State { registers: [0; 64], mark: packet.mark });
     machine.out
 }
@@ -97,6 +101,7 @@ struct Machine<'a> {
     packet: &'a Packet,
     out: Outcome,
     steps: usize,
+    nested: usize,
 }
 
 /// Where to go on: a chain, the next rule in it, the next expression of that rule.
@@ -114,7 +119,7 @@ impl<'a> Machine<'a> {
     fn bases(&mut self, bases: &[&'a Chain], state: &State) {
         match bases.split_first() {
             None => self.out.accept = true,
-            Some((chain, rest)) => self.rules(vec![(chain, 0)], 0, state.clone(), rest),
+            Some((chain, rest)) => self.nested(vec![(chain, 0)], 0, state.clone(), rest),
         }
     }
 
@@ -123,6 +128,17 @@ impl<'a> Machine<'a> {
         if self.out.dropped_at.is_none() {
             self.out.dropped_at = Some((chain.to_owned(), rule));
         }
+    }
+
+    /// [`Machine::rules`], unless that is too deep already.
+    fn nested(&mut self, stack: Vec<Frame<'a>>, expr: usize, state: State, rest: &[&'a Chain]) {
+        if self.nested >= NESTED_MAX {
+            (self.out.accept, self.out.drop) = (true, true);
+            return;
+        }
+        self.nested += 1;
+        self.rules(stack, expr, state, rest);
+        self.nested -= 1;
     }
 
     /// Runs from the top of the stack; `expr` is the expression to start with in the first rule.
@@ -163,7 +179,7 @@ impl<'a> Machine<'a> {
                     Step::Either => {
                         // One run in which the expression matches; this one goes on as if it had not.
                         if self.steps < STEPS_MAX {
-                            self.rules(stack.clone(), expr, state.clone(), rest);
+                            self.nested(stack.clone(), expr, state.clone(), rest);
                         }
                         break;
                     }
@@ -492,6 +508,19 @@ mod tests {
             &Packet::default(),
         );
         assert!(out.accept && out.drop);
+    }
+
+    #[test]
+    fn a_long_table_of_things_that_nobody_knows_ends_with_both_outcomes_open() {
+        // Each unknown expression forks; without a bound the forks nest until the stack is gone.
+        let rule = || vec![Expr::Unknown { name: "osf".into(), data: vec![] }, Expr::Counter { packets: 0, bytes: 0 }];
+        let mut rules: Vec<Vec<Expr>> = (0..40_000).map(|_| rule()).collect();
+        rules.push(vec![Expr::Verdict(Verdict::Drop)]);
+        let table = table(vec![base("in", 0, true, rules)]);
+        // As small as a thread of the agent.
+        let run = move || run(&table, Hook::Input, &Packet::default());
+        let out = std::thread::Builder::new().stack_size(2 << 20).spawn(run).expect("a thread").join().expect("no overflow");
+        assert!(out.drop);
     }
 
     #[test]

@@ -16,6 +16,7 @@ use std::error::Error;
 use std::fs;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::time::Duration;
 
 use keepwall_ir::nft::Table;
 use keepwall_nft::{Conntrack, Nft};
@@ -88,7 +89,35 @@ pub fn host_device() -> io::Result<Device> {
     link::add_address(HOST_DEVICE, Ipv6Addr::new(0xfd00, 1, 0, 0, 0, 0, 0, 1).into(), 128)?;
     link::add_route(Ipv4Addr::UNSPECIFIED.into(), 0, HOST_DEVICE, None)?;
     link::add_route(Ipv6Addr::UNSPECIFIED.into(), 0, HOST_DEVICE, None)?;
+    wait_until_reachable(&device)?;
     Ok(device)
+}
+
+/// The kernel makes the route to an IPv6 address of its own a little later than it says: until then packets to it are
+/// lost. There must be no rules yet.
+fn wait_until_reachable(device: &Device) -> io::Result<()> {
+    const TRIES_MAX: usize = 5_000;
+    const PROTOCOL: u8 = 253;
+    let trip = Trip {
+        path: Path::Input,
+        guest: 1,
+        source: Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).into(),
+        destination: Ipv6Addr::new(0xfd00, 1, 0, 0, 0, 0, 0, 1).into(),
+        protocol: PROTOCOL,
+        source_port: 0,
+        destination_port: 0,
+        icmp: None,
+    };
+    let (mut packet, transport) = model::bytes(&trip, 0);
+    packet.extend(transport);
+    let receiver = raw::Socket::receiver(true, PROTOCOL)?;
+    for _ in 0..TRIES_MAX {
+        device.send(&packet)?;
+        if receiver.wait(Some(Duration::from_millis(1)))? {
+            return Ok(());
+        }
+    }
+    Err(io::Error::new(io::ErrorKind::TimedOut, "the kernel does not take packets to its own IPv6 address"))
 }
 
 fn guest_device(number: u8) -> io::Result<Device> {
