@@ -31,9 +31,10 @@ fn example(args: &cli::Lab) -> Result<PathBuf, Failure> {
     if std::fs::read_to_string(&here).is_ok_and(|text| text == EXAMPLE) {
         return Ok(here);
     }
-    let path = std::env::temp_dir().join(format!("keepwall-lab-{}.yaml", env!("CARGO_PKG_VERSION")));
-    std::fs::write(&path, EXAMPLE)?;
-    Ok(path)
+    std::fs::write(machine::EXAMPLE, EXAMPLE).map_err(|error| {
+        Failure::new(format!("cannot write {}: {error}", machine::EXAMPLE), "the lab needs root (sudo keepwall lab)")
+    })?;
+    Ok(machine::EXAMPLE.into())
 }
 
 /// Clears the lab away when a command ends, however it ends; `None` leaves it running.
@@ -42,7 +43,7 @@ struct Guard(bool);
 impl Drop for Guard {
     fn drop(&mut self) {
         if self.0
-            && let Err(error) = machine::clear()
+            && let Err(error) = machine::clear_all()
         {
             ui::say(format!("the lab could not be cleared away: {error}; `keepwall lab down` tries again"));
         }
@@ -61,7 +62,7 @@ pub fn run(context: &Context, args: &cli::Lab) -> Result<u8, Failure> {
     let _lock = machine::lock().map_err(failed)?;
     match &args.command {
         Some(LabCommand::Down) => {
-            machine::clear().map_err(failed)?;
+            machine::clear_all().map_err(failed)?;
             ui::out(format!("{} The lab is gone.", ui::green("✓")));
             Ok(0)
         }

@@ -42,7 +42,9 @@ fn rows(output: &Output) -> Vec<serde_json::Value> {
 
 /// Nothing of a lab is left: no files, no namespaces, no processes.
 fn nothing_left() {
-    assert!(!Path::new("/run/keepwall-lab").exists());
+    for file in ["/run/keepwall-lab", "/run/keepwall-lab.lock", "/run/keepwall-lab.yaml"] {
+        assert!(!Path::new(file).exists(), "{file}");
+    }
     let names = std::fs::read_dir("/run/netns").into_iter().flatten().flatten();
     assert_eq!(names.filter(|n| n.file_name().to_string_lossy().starts_with("kwlab-")).count(), 0);
 }

@@ -519,7 +519,8 @@ mod tests {
         let table = table(vec![base("in", 0, true, rules)]);
         // As small as a thread of the agent.
         let run = move || run(&table, Hook::Input, &Packet::default());
-        let out = std::thread::Builder::new().stack_size(2 << 20).spawn(run).expect("a thread").join().expect("no overflow");
+        let out =
+            std::thread::Builder::new().stack_size(2 << 20).spawn(run).expect("a thread").join().expect("no overflow");
         assert!(out.drop);
     }
 

@@ -10,7 +10,7 @@ use keepwall_sys::dial;
 
 use crate::machine::{DIRECTORY, inside, keepwall, kill_agent, start_agent};
 use crate::probe::{Probe, arrives};
-use crate::serve::GREETING;
+use crate::serve::{GREETING, PUSH};
 use crate::{Error, Line, Programs};
 
 /// How long the drill gives for a confirmation that never comes.
@@ -39,6 +39,18 @@ fn session() -> Result<TcpStream, Error> {
 fn alive(stream: &mut TcpStream) -> bool {
     let mut answer = [0; 4];
     stream.write_all(b"ping").is_ok() && stream.read_exact(&mut answer).is_ok() && &answer == b"ping"
+}
+
+/// True if nothing comes any more, once what was on its way is read.
+fn falls_silent(stream: &mut TcpStream) -> Result<bool, Error> {
+    stream.set_read_timeout(Some(Duration::from_millis(400))).map_err(|e| e.to_string())?;
+    let started = Instant::now();
+    while started.elapsed() < Duration::from_millis(1_200) {
+        if stream.read(&mut [0; 4096]).is_err() {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// What sshd would have put into the environment of a shell in this session.
@@ -111,6 +123,9 @@ pub fn drill(programs: &Programs, posture: &Path, mut each: impl FnMut(&Line)) -
     ));
     add(line("the session and a new one", "both alive", alive(&mut open) && arrives(&ssh())?, "tried"));
 
+    let mut pushed = session()?;
+    pushed.write_all(PUSH).map_err(|e| e.to_string())?;
+    let talks = pushed.read_exact(&mut [0; 8]).is_ok();
     let out = run(&cut, &forced, &from_ssh)?;
     add(line("apply it by force, to be confirmed", "applied", out.status.success(), "applied, unconfirmed"));
     let (dead, closed) = (!alive(&mut open), !arrives(&ssh())?);
@@ -119,6 +134,13 @@ pub fn drill(programs: &Programs, posture: &Path, mut each: impl FnMut(&Line)) -
         "both cut",
         dead && closed,
         format!("session {}, new one {}", word(!dead), word(!closed)),
+    ));
+    let silent = falls_silent(&mut pushed)?;
+    add(line(
+        "a session in which the server talks by itself",
+        "cut too: it does not come back from the inside",
+        talks && silent,
+        if silent { "silent" } else { "still talking" },
     ));
     let back = until_open(Duration::from_secs(WINDOW_S + 6))?;
     add(line("wait, confirming nothing", "SSH gets in again by itself", back.is_some(), took(back)));

@@ -3,6 +3,7 @@
 use std::fs;
 use std::io;
 use std::net::IpAddr;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::thread;
@@ -96,17 +97,41 @@ pub fn inside<T: Send>(name: &str, work: impl FnOnce() -> Result<T, Error> + Sen
 #[derive(Debug)]
 pub struct Lock(#[allow(dead_code, reason = "held, not read")] fs::File);
 
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // Still held: whoever opened it meanwhile finds that it is no longer the one at the path.
+        let _ = fs::remove_file(LOCK);
+    }
+}
+
 /// Takes the lab for this command.
 ///
 /// # Errors
 /// Another command has it.
 pub fn lock() -> Result<Lock, Error> {
-    let file =
-        fs::File::options().create(true).truncate(false).write(true).open(LOCK).map_err(said("the lab's lock"))?;
-    match file.try_lock() {
-        Ok(()) => Ok(Lock(file)),
-        Err(_) => Err("another `keepwall lab` is at work; wait for it".to_owned()),
+    loop {
+        let file = fs::File::options().create(true).truncate(false).write(true).open(LOCK);
+        let file = file.map_err(said("the lab's lock"))?;
+        if file.try_lock().is_err() {
+            return Err("another `keepwall lab` is at work; wait for it".to_owned());
+        }
+        let number = |metadata: io::Result<fs::Metadata>| metadata.map(|m| m.ino()).ok();
+        if number(file.metadata()) == number(fs::metadata(LOCK)) {
+            return Ok(Lock(file));
+        }
     }
+}
+
+/// Where the lab puts its example if the repository's is not at hand.
+pub const EXAMPLE: &str = "/run/keepwall-lab.yaml";
+
+/// [`clear`], and the example.
+///
+/// # Errors
+/// Not root.
+pub fn clear_all() -> Result<(), Error> {
+    let _ = fs::remove_file(EXAMPLE);
+    clear()
 }
 
 /// True if the lab's machines are there.

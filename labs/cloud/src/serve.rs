@@ -17,6 +17,8 @@ pub const TCP_PORTS: [u16; 5] = [22, 80, 443, 3306, 8080];
 pub const UDP_PORTS: [u16; 2] = [53, 5353];
 /// Connections served at once; the lab is small.
 const CONNECTIONS_MAX: usize = 256;
+/// Asks a listener to go on talking by itself.
+pub const PUSH: &[u8] = b"push";
 /// What a listener says first.
 pub const GREETING: &[u8] = b"keepwall lab\n";
 
@@ -75,9 +77,22 @@ fn serve(mut stream: TcpStream) {
     }
     let mut buffer = [0; 256];
     while let Ok(count @ 1..) = stream.read(&mut buffer) {
+        if &buffer[..count] == PUSH {
+            return push(&mut stream);
+        }
         if stream.write_all(&buffer[..count]).is_err() {
             return;
         }
+    }
+}
+
+/// Talks by itself for a while, as a server that streams: packets from the inside, without being asked.
+fn push(stream: &mut TcpStream) {
+    for _ in 0..100 {
+        if stream.write_all(b"more").is_err() {
+            return;
+        }
+        thread::sleep(Duration::from_millis(100));
     }
 }
 

@@ -151,13 +151,7 @@ fn trips(dice: &mut Dice, case: &Case) -> Vec<Trip> {
     out
 }
 
-fn policy(
-    seed: u64,
-    n: usize,
-    case: &Case,
-    trips: &[Trip],
-    harness: Option<&mut Harness>,
-) -> Result<Tally, Failure> {
+fn policy(seed: u64, n: usize, case: &Case, trips: &[Trip], harness: Option<&mut Harness>) -> Result<Tally, Failure> {
     let table = model::lowered(case, &format!("v{n}")).table;
     let arrived = match harness {
         Some(harness) => {
@@ -193,20 +187,14 @@ fn policy(
 fn rules_max(case: &Case) -> usize {
     let rules = |instance: usize| {
         let groups = case.checked.groups_of(instance, 0);
-        groups.flat_map(|g| Direction::BOTH.map(|d| keepwall_secgroup::intent::rules_of(&case.checked, g, d).len())).sum()
+        groups
+            .flat_map(|g| Direction::BOTH.map(|d| keepwall_secgroup::intent::rules_of(&case.checked, g, d).len()))
+            .sum()
     };
     (0..3).map(rules).max().unwrap_or(0)
 }
 
-fn describe(
-    seed: u64,
-    n: usize,
-    case: &Case,
-    trip: &Trip,
-    wanted: bool,
-    modelled: bool,
-    real: Option<bool>,
-) -> String {
+fn describe(seed: u64, n: usize, case: &Case, trip: &Trip, wanted: bool, modelled: bool, real: Option<bool>) -> String {
     let word = |passes: bool| if passes { "allow" } else { "deny" };
     let reasons: Vec<String> = (model::judges(trip).into_iter())
         .map(|(instance, direction)| {

@@ -271,7 +271,8 @@ fn found(packet: &[u8], on_the_way: &HashMap<u32, usize>, trips: &[Trip]) -> Opt
         }
         _ => {
             let header = packet.get(..40)?;
-            let address = |at: usize| -> Option<Ipv6Addr> { Some(<[u8; 16]>::try_from(header.get(at..at + 16)?).ok()?.into()) };
+            let address =
+                |at: usize| -> Option<Ipv6Addr> { Some(<[u8; 16]>::try_from(header.get(at..at + 16)?).ok()?.into()) };
             (address(8)?.into(), address(24)?.into(), header[6], packet.get(40..)?)
         }
     };

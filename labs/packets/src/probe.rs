@@ -310,7 +310,9 @@ impl<'a> Space<'a> {
                     }
                     for source in sources {
                         for port in ports {
-                            out.extend(kinds.iter().map(|icmp| trip(side, *peer, *local, *protocol, *source, *port, *icmp)));
+                            out.extend(
+                                kinds.iter().map(|icmp| trip(side, *peer, *local, *protocol, *source, *port, *icmp)),
+                            );
                         }
                     }
                 }
