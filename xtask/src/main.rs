@@ -1,5 +1,6 @@
 //! The project's own chores: `cargo xtask help` lists them.
 
+pub mod bench;
 mod ci;
 mod fuzz;
 mod tidy;
@@ -32,6 +33,7 @@ const CHORES: &[(&str, Chore)] = &[
     ("tidy", tidy::run),
     ("ci", ci::run),
     ("fuzz", fuzz::run),
+    ("bench", bench::run),
     ("verdicts", verdicts::run),
     ("traffic", traffic::run),
 ];

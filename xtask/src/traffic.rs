@@ -212,7 +212,7 @@ impl Traffic {
         Ok(Traffic { device, receivers, _listeners: listeners, packets: 0, count: Count::default() })
     }
 
-    /// Sends one packet; true if it has arrived.
+    /// Sends one packet; true if it has arrived. Families change every two packets, so both kinds of a pair meet both.
     fn passes(&mut self, port: u16) -> Result<bool, Failure> {
         self.packets += 1;
         let number = self.packets as u32;
@@ -254,7 +254,6 @@ impl Traffic {
     fn pair(&mut self) -> Result<(), Failure> {
         self.count.allowed += 1;
         self.count.denied += 1;
-        // Twice each, so that both kinds come in both families.
         self.count.lost += u64::from(!self.passes(ALLOWED)?);
         self.count.leaked += u64::from(self.passes(DENIED)?);
         Ok(())

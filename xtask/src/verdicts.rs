@@ -40,6 +40,9 @@ pub fn run(args: &[String]) -> Result<(), String> {
             _ => return Err(HELP.to_owned()),
         }
     }
+    if cfg!(debug_assertions) {
+        say("this is a debug build: it works, slowly; for numbers, `cargo run --release -p xtask -- ...`");
+    }
     let same = verdicts(size)?;
     let noticed = break_tables(size.seed, mutants);
     match (same, noticed) {

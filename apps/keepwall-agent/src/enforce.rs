@@ -101,40 +101,45 @@ impl Enforcer {
     /// Puts an intent in force: nothing if it is, one map's elements if that is all, else a new version beside the
     /// old one and a switch.
     pub(crate) fn enforce(&mut self, intent: &Intent) -> Result<Change, String> {
-        if let Some(tag) = self.loaded.as_ref().map(|loaded| loaded.tag.clone()) {
-            let same = self.lowered(intent, &tag)?;
-            let Some(loaded) = &self.loaded else { return Err("nothing is loaded".into()) };
-            if same.table == loaded.lowered.table {
-                self.loaded = Some(Loaded { intent: intent.clone(), lowered: same, tag });
-                return Ok(Change::Unchanged);
+        let Some(loaded) = self.loaded.take() else {
+            let tag = self.next_tag()?;
+            let lowered = self.lowered(intent, &tag)?;
+            self.nft.replace(&lowered.table).map_err(|error| chain(&error))?;
+            self.loaded = Some(Loaded { intent: intent.clone(), lowered, tag });
+            return Ok(Change::Replaced);
+        };
+        let (next, change) = match self.change(&loaded, intent) {
+            Ok(changed) => changed,
+            Err(why) => {
+                self.loaded = Some(loaded);
+                return Err(why);
             }
-            match self.nft.replace_from(&loaded.lowered.table, &same.table) {
-                Ok(_) => {
-                    self.loaded = Some(Loaded { intent: intent.clone(), lowered: same, tag });
-                    return Ok(Change::Elements);
-                }
-                // More than one map differs: a new version it is.
-                Err(NftError::NameReused { .. }) => {}
-                Err(error) => return Err(chain(&error)),
-            }
+        };
+        self.loaded = Some(next);
+        Ok(change)
+    }
+
+    /// From what is loaded to an intent.
+    fn change(&mut self, loaded: &Loaded, intent: &Intent) -> Result<(Loaded, Change), String> {
+        let lowered = self.lowered(intent, &loaded.tag)?;
+        let next = |lowered, tag: &str| Loaded { intent: intent.clone(), lowered, tag: tag.to_owned() };
+        if lowered.table == loaded.lowered.table {
+            return Ok((next(lowered, &loaded.tag), Change::Unchanged));
+        }
+        if loaded.lowered.differs_in_place(&lowered) {
+            self.nft.change_elements(&loaded.lowered.table, &lowered.table).map_err(|error| chain(&error))?;
+            return Ok((next(lowered, &loaded.tag), Change::Elements));
         }
         let tag = self.next_tag()?;
-        let lowered = self.lowered(intent, &tag)?;
-        let applied = match &self.loaded {
-            Some(loaded) => self.nft.replace_from(&loaded.lowered.table, &lowered.table),
-            None => self.nft.replace(&lowered.table),
-        };
-        let applied = applied.map_err(|error| chain(&error))?;
-        if let Some(loaded) = self.loaded.take() {
-            count(&mut self.retired, &loaded.lowered, &applied.retired);
-        }
-        self.loaded = Some(Loaded { intent: intent.clone(), lowered, tag });
-        Ok(Change::Replaced)
+        let lowered = lowered.retagged(&loaded.tag, &tag);
+        let applied = self.nft.replace_from(&loaded.lowered.table, &lowered.table).map_err(|error| chain(&error))?;
+        count(&mut self.retired, &loaded.lowered, &applied.retired);
+        Ok((next(lowered, &tag), Change::Replaced))
     }
 
     /// A tag that nothing in the kernel has.
     fn next_tag(&mut self) -> Result<String, String> {
-        if self.loaded.is_none() {
+        if self.serial == 0 {
             // A table of an earlier life: go on counting behind it.
             let present = self.nft.observe(TableFamily::Inet, TABLE).map_err(|error| chain(&error))?;
             let names = present.iter().flat_map(|table| table.chains.iter().map(|c| c.name.as_str()));
@@ -203,8 +208,8 @@ impl Enforcer {
 
 fn count(rules: &mut BTreeMap<String, (u64, u64)>, lowered: &Lowered, counters: &[ElementCounter]) {
     for counter in counters {
-        if let Some(id) = lowered.legend.get(&(counter.map.clone(), counter.key.clone())) {
-            let sum = rules.entry(id.clone()).or_default();
+        if let Some(id) = lowered.rule_of(&counter.map, &counter.key) {
+            let sum = rules.entry(id.to_owned()).or_default();
             sum.0 += counter.packets;
             sum.1 += counter.bytes;
         }

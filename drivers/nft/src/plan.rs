@@ -38,10 +38,19 @@ impl Names {
 pub(crate) enum Plan<'a> {
     /// None: it is so.
     Nothing,
-    /// One map changes some of its elements, and nothing else changes.
-    Elements { clean: Names, map: &'a Map, remove: Vec<&'a Element>, add: Vec<&'a Element> },
+    /// Maps change some of their elements, and nothing else changes: one map, or several that the caller says no packet
+    /// asks two of.
+    Elements { clean: Names, changes: Vec<Change<'a>> },
     /// See the module's text.
     Replace(Steps<'a>),
+}
+
+/// What changes in one map.
+#[derive(Debug)]
+pub(crate) struct Change<'a> {
+    pub(crate) map: &'a Map,
+    pub(crate) remove: Vec<&'a Element>,
+    pub(crate) add: Vec<&'a Element>,
 }
 
 /// The phases of a replacement.
@@ -75,8 +84,13 @@ pub(crate) struct Switch<'a> {
     pub(crate) policy: bool,
 }
 
-/// Both tables must be normalised. The error names what would have to change under its own name.
-pub(crate) fn plan<'a>(present: Option<&'a Table>, desired: &'a Table) -> Result<Plan<'a>, Vec<String>> {
+/// Both tables must be normalised. `independent` says that no packet asks two of the maps that change under their own
+/// names. The error names what would have to change under its own name.
+pub(crate) fn plan<'a>(
+    present: Option<&'a Table>,
+    desired: &'a Table,
+    independent: bool,
+) -> Result<Plan<'a>, Vec<String>> {
     let Some(present) = present else {
         return Ok(Plan::Replace(from_nothing(desired)));
     };
@@ -142,11 +156,15 @@ pub(crate) fn plan<'a>(present: Option<&'a Table>, desired: &'a Table) -> Result
         && steps.switch.is_empty()
         && steps.drop_bases.is_empty()
         && steps.retire.is_empty();
-    if let ([(old, new)], true) = (&changed_maps[..], nothing_else)
-        && same_shape(old, new)
+    if nothing_else
+        && (changed_maps.len() == 1 || (independent && !changed_maps.is_empty()))
+        && changed_maps.iter().all(|(old, new)| same_shape(old, new))
     {
-        let (remove, add) = difference(&old.elements, &new.elements);
-        return Ok(Plan::Elements { clean: steps.clean, map: new, remove, add });
+        let changes = changed_maps.iter().map(|(old, map)| {
+            let (remove, add) = difference(&old.elements, &map.elements);
+            Change { map, remove, add }
+        });
+        return Ok(Plan::Elements { clean: steps.clean, changes: changes.collect() });
     }
     reused.extend(changed_maps.iter().map(|(_, map)| format!("map {}", map.name)));
     if reused.is_empty() { Ok(Plan::Replace(steps)) } else { Err(reused) }

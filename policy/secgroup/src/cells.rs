@@ -115,8 +115,11 @@ pub(crate) fn cut(rules: &[Flat], max: u128, cells_max: usize) -> Result<Cells, 
     for (active, peers) in classes {
         let order = merged(&active, &any);
         let plain: Vec<usize> = order.iter().copied().filter(|i| !rules[*i].is_exact()).collect();
-        let own: Vec<(Slot, usize)> =
-            slots(rules, &plain).into_iter().filter(|(_, rule)| !rules[*rule].any_peer).collect();
+        let own: Vec<(Slot, usize)> = match plain.as_slice() {
+            // Most classes of a large policy are of one rule: nothing to cut.
+            [rule] => slots_of_one(&rules[*rule]).map(|slot| (slot, *rule)).collect(),
+            several => slots(rules, several).into_iter().filter(|(_, rule)| !rules[*rule].any_peer).collect(),
+        };
         // What the smaller of the two layouts takes: every peer with every cell, or peers and cells apart.
         let together = peers.len().saturating_mul(own.len()) <= peers.len() + own.len();
         for (n, (_, rule)) in own.iter().enumerate() {
@@ -231,6 +234,17 @@ fn slots(rules: &[Flat], order: &[usize]) -> Vec<(Slot, usize)> {
         out.push((Slot::Protocols { first: first as u8, last: last as u8 }, rule));
     });
     out
+}
+
+/// What [`slots`] gives for one rule alone.
+fn slots_of_one(rule: &Flat) -> impl Iterator<Item = Slot> {
+    let (low, high) = rule.protocols;
+    let (first, last) = rule.ports.unwrap_or((0, u16::MAX));
+    let with_ports = PORTFUL.into_iter().filter(move |protocol| (low..=high).contains(protocol));
+    let without = PORTLESS.into_iter().map(move |(first, last)| (first.max(low), last.min(high)));
+    with_ports
+        .map(move |protocol| Slot::Ports { protocol, first, last })
+        .chain(without.filter(|(first, last)| first <= last).map(|(first, last)| Slot::Protocols { first, last }))
 }
 
 /// Ranges in order of precedence, cut so that each number goes to the first range that holds it.

@@ -17,8 +17,9 @@
 //! All but the base chains carry the `tag` in their name, so that a new version can be built beside the old
 //! one and switched to in one small transaction (packet-path.md §3).
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use keepwall_core::{AddrRange, Family, Prefix};
 use keepwall_ir::nft::{
@@ -37,11 +38,22 @@ pub const LOG_GROUP: u16 = 4242;
 /// The bit of the connection mark that says "cut". One bit, set and cleared under a mask, so that others'
 /// marks stay as they are.
 pub const CUT_MARK: u32 = 0x4000_0000;
+/// Connection states as `ct state` gives them.
+const INVALID: u32 = 1;
+const ESTABLISHED: u32 = 2;
+const RELATED: u32 = 4;
 /// Our base chains run just before the usual `filter` priority: what we drop, nobody needs to look at.
 const PRIORITY: i32 = -5;
-/// Up to this many elements, one direct map of (peer, protocol, port) is looked up faster than a map of classes
-/// and then one of (class, protocol, port): one walk instead of two (packet-path.md §3 measured 10,000).
-const DIRECT_MAX: usize = 16_384;
+/// Up to this many elements peers and cells are multiplied out into one map; above, if that saves elements, there is a
+/// map from peer to class and one of (class, port, protocol). One lookup is faster than two.
+const DIRECT_MAX: usize = 4_096;
+/// Ranges are kept in a structure that the kernel copies for each change and walks in time that grows with them: above
+/// this many, classes are preferred if that saves elements.
+const DIRECT_RANGES_MAX: usize = 512;
+/// Up to this many cells, single values stay with the ranges among them.
+const TOGETHER_MAX: usize = 16;
+/// Up to this many devices are compared one after the other; more are looked up.
+const DEVICES_COMPARED_MAX: usize = 4;
 /// Bytes of each logged packet that are copied: IPv6 header, extension headers, TCP header.
 const SNAPLEN: u32 = 128;
 
@@ -50,8 +62,95 @@ const SNAPLEN: u32 = 128;
 pub struct Lowered {
     /// For the driver.
     pub table: Table,
-    /// Which rule each counted element belongs to: (map, key) to rule id.
-    pub legend: HashMap<(String, Vec<FieldRange>), String>,
+    /// Which rule each element of a counting map stands for: rule ids, in the order of the map's elements.
+    legend: BTreeMap<String, Vec<Arc<str>>>,
+    /// Maps whose elements may change in place, with the packets that ask them: see [`Lowered::differs_in_place`].
+    lanes: BTreeMap<String, Lane>,
+}
+
+/// A family, and whether the protocol has ports: each packet is of one lane.
+type Lane = (Family, bool);
+
+impl Lowered {
+    /// The id of the rule that an element of a counting map stands for.
+    #[must_use]
+    pub fn rule_of(&self, map: &str, key: &[FieldRange]) -> Option<&str> {
+        let ids = self.legend.get(map)?;
+        let maps = &self.table.maps;
+        let map = &maps[maps.binary_search_by(|candidate| candidate.name.as_str().cmp(map)).ok()?];
+        let at = map.elements.binary_search_by(|element| element.key.as_slice().cmp(key)).ok()?;
+        ids.get(at).map(|id| &**id)
+    }
+
+    /// True if `new` (of the same tag) differs in elements only, and no packet asks two of the maps that change: then
+    /// they can change in place in one transaction, though the kernel publishes map after map.
+    #[must_use]
+    pub fn differs_in_place(&self, new: &Lowered) -> bool {
+        let (old_maps, new_maps) = (&self.table.maps, &new.table.maps);
+        let same_frame = self.table.chains == new.table.chains
+            && self.table.timeouts == new.table.timeouts
+            && self.table.flags == new.table.flags
+            && old_maps.len() == new_maps.len();
+        let mut taken: Vec<Lane> = Vec::new();
+        same_frame
+            && old_maps.iter().zip(new_maps).all(|(old, new)| {
+                if old == new {
+                    return true;
+                }
+                let same_shape = (&old.name, &old.key, old.interval, old.data, old.counters)
+                    == (&new.name, &new.key, new.interval, new.data, new.counters);
+                match self.lanes.get(&new.name) {
+                    Some(lane) if same_shape && !taken.contains(lane) => {
+                        taken.push(*lane);
+                        true
+                    }
+                    _ => false,
+                }
+            })
+    }
+
+    /// The same under another tag, which must be fresh: cheaper than lowering again.
+    #[must_use]
+    pub fn retagged(mut self, old: &str, new: &str) -> Lowered {
+        let rename = |name: &mut String| {
+            if let Some(stem) = name.strip_suffix(old).and_then(|name| name.strip_suffix('.')) {
+                *name = format!("{stem}.{new}");
+            }
+        };
+        let verdict = |verdict: &mut Verdict| {
+            if let Verdict::Jump(chain) | Verdict::Goto(chain) = verdict {
+                rename(chain);
+            }
+        };
+        for map in &mut self.table.maps {
+            rename(&mut map.name);
+            for element in &mut map.elements {
+                if let ElementData::Verdict(data) = &mut element.data {
+                    verdict(data);
+                }
+            }
+        }
+        for chain in &mut self.table.chains {
+            rename(&mut chain.name);
+            for expr in chain.rules.iter_mut().flat_map(|rule| &mut rule.exprs) {
+                match expr {
+                    Expr::Lookup { map: name, .. } | Expr::CtTimeoutSet { name } => rename(name),
+                    Expr::Verdict(data) => verdict(data),
+                    _ => {}
+                }
+            }
+        }
+        for timeout in &mut self.table.timeouts {
+            rename(&mut timeout.name);
+        }
+        let renamed = |mut name: String| {
+            rename(&mut name);
+            name
+        };
+        self.legend = self.legend.into_iter().map(|(name, ids)| (renamed(name), ids)).collect();
+        self.lanes = self.lanes.into_iter().map(|(name, lane)| (renamed(name), lane)).collect();
+        self
+    }
 }
 
 /// The rules need more elements than the limit allows.
@@ -93,7 +192,8 @@ pub fn lower(intent: &Intent, tag: &str) -> Result<Lowered, Box<TooLarge>> {
         intent,
         tag,
         left: 0,
-        legend: HashMap::new(),
+        legend: BTreeMap::new(),
+        lanes: BTreeMap::new(),
         table: Table {
             family: TableFamily::Inet,
             name: TABLE.to_owned(),
@@ -113,7 +213,7 @@ pub fn lower(intent: &Intent, tag: &str) -> Result<Lowered, Box<TooLarge>> {
     let mut table = build.table;
     table.maps.sort_by(|a, b| a.name.cmp(&b.name));
     table.chains.sort_by(|a, b| a.name.cmp(&b.name));
-    Ok(Lowered { table, legend: build.legend })
+    Ok(Lowered { table, legend: build.legend, lanes: build.lanes })
 }
 
 /// A piece of a chain name for a device: unique by its number, readable by its name.
@@ -138,7 +238,8 @@ struct Build<'a> {
     table: Table,
     /// Elements that the rules of the present interface may still take, both directions and families together.
     left: usize,
-    legend: HashMap<(String, Vec<FieldRange>), String>,
+    legend: BTreeMap<String, Vec<Arc<str>>>,
+    lanes: BTreeMap<String, Lane>,
 }
 
 fn rule(exprs: Vec<Expr>, comment: impl Into<String>) -> Rule {
@@ -242,21 +343,18 @@ impl View {
     }
 }
 
-/// The maps of one direction and family, by name; `None` where no rule needs one.
+/// The maps of one direction, family and kind (with ports or without), in the order in which they are asked.
 #[derive(Default)]
 struct Maps {
-    exact_ports: Option<String>,
-    exact_other: Option<String>,
-    peer_ports: Option<PeerMap>,
-    peer_other: Option<PeerMap>,
-    any_ports: Option<String>,
-    any_other: Option<String>,
+    exact: Vec<String>,
+    peer: Vec<PeerMap>,
+    any: Vec<String>,
 }
 
 enum PeerMap {
-    /// (peer, slot) to verdict.
+    /// (peer, port, protocol) to verdict.
     Direct(String),
-    /// Peer to class, then (class, slot) to verdict.
+    /// Peer to class, then (class, port, protocol) to verdict.
     Classes { classes: String, cells: String },
 }
 
@@ -322,14 +420,31 @@ impl Build<'_> {
             let name = self.name(&[what]);
             self.chain(name, rules);
         }
+        let state = |state: u32| [Expr::Ct { key: CtKey::State, dreg: 0 }, cmp(0, state.to_ne_bytes())];
+        let mut known = vec![rule(
+            vec![
+                Expr::Ct { key: CtKey::Mark, dreg: 0 },
+                Expr::Bitwise { sreg: 0, dreg: 0, mask: CUT_MARK.to_ne_bytes().to_vec(), xor: vec![0; 4] },
+                cmp(0, CUT_MARK.to_ne_bytes()),
+                goto(&self.name(&["cut"])),
+            ],
+            "",
+        )];
+        let mut established = state(ESTABLISHED).to_vec();
+        established.push(Expr::Verdict(Verdict::Accept));
+        known.push(rule(established, ""));
         // Only errors about a session are related here; a helper's data channel has to have a rule of its own.
-        let related = [1, 58].map(|protocol| {
-            let mut exprs = l4proto(protocol).to_vec();
-            exprs.push(Expr::Verdict(Verdict::Accept));
-            rule(exprs, "an error about a session")
-        });
-        let name = self.name(&["related"]);
-        self.chain(name, related.to_vec());
+        for protocol in [1, 58] {
+            let mut related = state(RELATED).to_vec();
+            related.extend(l4proto(protocol));
+            related.push(Expr::Verdict(Verdict::Accept));
+            known.push(rule(related, "an error about a session"));
+        }
+        let mut invalid = state(INVALID).to_vec();
+        invalid.push(goto(&self.name(&["invalid"])));
+        known.push(rule(invalid, ""));
+        let name = self.name(&["known"]);
+        self.chain(name, known);
         self.session_limits();
     }
 
@@ -455,22 +570,39 @@ impl Build<'_> {
         self.chain(name, rules)
     }
 
-    fn map(&mut self, name: &str, key: Vec<FieldType>, interval: bool, data: MapData, elements: Vec<NewElement<'_>>) {
-        let mut out = Vec::with_capacity(elements.len());
+    fn map(&mut self, name: &str, key: Vec<FieldType>, interval: bool, data: MapData, mut elements: Vec<NewElement>) {
+        elements.sort_unstable_by(|a, b| a.0.cmp(&b.0));
         let counters = data == MapData::Verdict && elements.iter().any(|(_, _, of)| of.is_some());
-        for (key, data, of) in elements {
-            let mut comment = String::new();
-            if let Some((id, label)) = of {
-                self.legend.insert((name.to_owned(), key.clone()), id.to_owned());
-                comment = label.chars().take(60).collect();
-                while comment.len() > keepwall_ir::nft::COMMENT_MAX {
-                    comment.pop();
-                }
-            }
-            out.push(Element { key, data, comment });
+        if counters {
+            let ids = elements.iter().map(|(_, _, of)| of.as_ref().map_or_else(|| "".into(), |of| Arc::clone(&of.id)));
+            self.legend.insert(name.to_owned(), ids.collect());
         }
-        out.sort_by(|a, b| a.key.cmp(&b.key));
-        self.table.maps.push(Map { name: name.to_owned(), key, interval, data, counters, elements: out });
+        let elements = elements.into_iter().map(|(key, data, of)| Element {
+            key,
+            data,
+            comment: of.map(|of| of.comment.to_string()).unwrap_or_default(),
+        });
+        let elements = elements.collect();
+        self.table.maps.push(Map { name: name.to_owned(), key, interval, data, counters, elements });
+    }
+
+    /// A verdict map of cells as one or two maps: single values are hashed, which costs the same at any number; the
+    /// rest are ranges. A few ranges among the cells take the rest along: one walk is cheaper than two.
+    fn cell_maps(&mut self, stem: &[&str], lane: Lane, key: Vec<FieldType>, elements: Vec<NewElement>) -> Vec<String> {
+        let single = |element: &NewElement| element.0.iter().all(|field| field.first == field.last);
+        let ranges = elements.iter().filter(|element| !single(element)).count();
+        let together = ranges > 0 && elements.len() <= TOGETHER_MAX;
+        let (hashed, ranged): (Vec<_>, Vec<_>) = elements.into_iter().partition(|e| !together && single(e));
+        let mut names = Vec::new();
+        for (part, interval, elements) in [("values", false, hashed), ("ranges", true, ranged)] {
+            if !elements.is_empty() {
+                let name = self.name(&[&stem.join("_"), part]);
+                self.lanes.insert(name.clone(), lane);
+                self.map(&name, key.clone(), interval, MapData::Verdict, elements);
+                names.push(name);
+            }
+        }
+        names
     }
 
     fn direction(
@@ -488,7 +620,9 @@ impl Build<'_> {
         let deny = self.deny_chain(attachment, &slug, way, direction, &allow);
         let mut maps = Vec::new();
         for family in Family::BOTH {
-            maps.push((family, self.maps(attachment, &slug, direction, family, &allow, &deny)?));
+            let [ports, other] = self.maps(attachment, &slug, direction, family, &allow, &deny)?;
+            maps.push(((family, true), ports));
+            maps.push(((family, false), other));
         }
         let default = match attachment.default_policy(direction) {
             Policy::Accept => &allow,
@@ -588,7 +722,7 @@ impl Build<'_> {
         slug: &str,
         direction: Direction,
         view: View,
-        maps: &[(Family, Maps)],
+        maps: &[(Lane, Maps)],
         deny: &str,
         default: &str,
     ) -> String {
@@ -602,8 +736,8 @@ impl Build<'_> {
             ports.push(rule(exprs, "settings.block_outbound_smtp"));
         }
         let mut other = Vec::new();
-        for (family, maps) in maps {
-            self.lookups(*family, view, maps, &mut ports, &mut other);
+        for (lane, maps) in maps {
+            lookups(*lane, view, maps, if lane.1 { &mut ports } else { &mut other });
         }
         ports.push(default_rule(default));
         other.push(default_rule(default));
@@ -620,8 +754,10 @@ impl Build<'_> {
                 Direction::Egress => (client, server),
             };
             let both: Vec<u8> = [source.to_be_bytes(), destination.to_be_bytes()].concat();
-            let mut exprs = nfproto(family).to_vec();
-            exprs.extend([transport(0, 4, 0), cmp(0, both), Expr::Verdict(Verdict::Return)]);
+            // The ports first: hardly any packet gets to the second comparison.
+            let mut exprs = vec![transport(0, 4, 0), cmp(0, both)];
+            exprs.extend(nfproto(family));
+            exprs.push(Expr::Verdict(Verdict::Return));
             udp.push(rule(exprs, "DHCP is never blocked"));
         }
         udp.push(rule(vec![goto(&ports)], ""));
@@ -653,91 +789,21 @@ impl Build<'_> {
         ];
         let icmp6 = self.chain(icmp6_name, icmp6);
 
-        let protocols = self.name(&[slug, "protocols"]);
-        let targets = [(1u8, &icmp), (6, &ports), (17, &udp), (58, &icmp6)];
-        let elements = targets
+        // Most packets are TCP, and a comparison is cheaper than any lookup.
+        let mut rules: Vec<Rule> = [(6u8, &ports), (17, &udp), (1, &icmp), (58, &icmp6)]
+            .into_iter()
             .map(|(number, chain)| {
-                (vec![FieldRange::exact([number])], ElementData::Verdict(Verdict::Goto(chain.clone())), None)
+                let mut exprs = l4proto(number).to_vec();
+                exprs.push(goto(chain));
+                rule(exprs, "")
             })
-            .to_vec();
-        self.map(&protocols, vec![FieldType::InetProto], false, MapData::Verdict, elements);
-        let rules = vec![
-            rule(
-                vec![
-                    Expr::Meta { key: Meta::L4Proto, dreg: 0 },
-                    Expr::Lookup { map: protocols, sreg: 0, into: LookupInto::Verdict, invert: false },
-                ],
-                "",
-            ),
-            rule(vec![goto(&other)], ""),
-        ];
+            .collect();
+        rules.push(rule(vec![goto(&other)], ""));
         let name = self.name(&[slug]);
         self.chain(name, rules)
     }
 
-    /// One rule per map, most specific kind first.
-    fn lookups(&self, family: Family, view: View, maps: &Maps, ports: &mut Vec<Rule>, other: &mut Vec<Rule>) {
-        let regs = address_type(family).regs();
-        let vmap =
-            |map: &str, sreg: u8| Expr::Lookup { map: map.to_owned(), sreg, into: LookupInto::Verdict, invert: false };
-        // Key fields behind the addresses: protocol, then (with ports) the destination port.
-        let slot = |first: u8, with_ports: bool| {
-            let mut exprs = vec![Expr::Meta { key: Meta::L4Proto, dreg: first }];
-            if with_ports {
-                exprs.push(view.destination_port(first + 1));
-            }
-            exprs
-        };
-        for (with_ports, exact, peer, any, out) in [
-            (true, &maps.exact_ports, &maps.peer_ports, &maps.any_ports, ports),
-            (false, &maps.exact_other, &maps.peer_other, &maps.any_other, other),
-        ] {
-            if let Some(map) = exact {
-                let mut exprs = nfproto(family).to_vec();
-                exprs.extend([view.peer(family, 0), view.local(family, regs)]);
-                exprs.push(Expr::Meta { key: Meta::L4Proto, dreg: 2 * regs });
-                if with_ports {
-                    exprs.extend([transport(0, 2, 2 * regs + 1), view.destination_port(2 * regs + 2)]);
-                }
-                exprs.push(vmap(map, 0));
-                out.push(rule(exprs, "rules about both sides"));
-            }
-            match peer {
-                None => {}
-                Some(PeerMap::Direct(map)) => {
-                    let mut exprs = nfproto(family).to_vec();
-                    exprs.push(view.peer(family, 0));
-                    exprs.extend(slot(regs, with_ports));
-                    exprs.push(vmap(map, 0));
-                    out.push(rule(exprs, "rules about some peers"));
-                }
-                Some(PeerMap::Classes { classes, cells }) => {
-                    // nft 1.0.6 aborts when it lists a looked-up register inside a concatenation, unless the
-                    // register was loaded from a packet field; so the class passes through the packet mark, which
-                    // is put back before anything can break off.
-                    let mut exprs = nfproto(family).to_vec();
-                    exprs.extend([
-                        Expr::Meta { key: Meta::Mark, dreg: 8 },
-                        view.peer(family, 0),
-                        Expr::Lookup { map: classes.clone(), sreg: 0, into: LookupInto::Register(0), invert: false },
-                        Expr::MarkSet { sreg: 0 },
-                        Expr::Meta { key: Meta::Mark, dreg: 0 },
-                        Expr::MarkSet { sreg: 8 },
-                    ]);
-                    exprs.extend(slot(1, with_ports));
-                    exprs.push(vmap(cells, 0));
-                    out.push(rule(exprs, "rules about some peers, by class"));
-                }
-            }
-            if let Some(map) = any {
-                let mut exprs = nfproto(family).to_vec();
-                exprs.extend(slot(0, with_ports));
-                exprs.push(vmap(map, 0));
-                out.push(rule(exprs, "rules about every peer"));
-            }
-        }
-    }
-
+    /// The maps with ports, and those without.
     fn maps(
         &mut self,
         attachment: &Attachment,
@@ -746,57 +812,49 @@ impl Build<'_> {
         family: Family,
         allow: &str,
         deny: &str,
-    ) -> Result<Maps, Box<TooLarge>> {
+    ) -> Result<[Maps; 2], Box<TooLarge>> {
         let (flats, rules) = flatten(self.intent, attachment, direction, family);
         let limit = self.intent.elements_max as usize;
         let cells = cells::cut(&flats, family.max(), self.left)
             .map_err(|explosion| too_large(attachment, direction, limit, &rules, &explosion.by_rule))?;
         let first_map = self.table.maps.len();
-        let verdict = |rule: usize| {
+        let of: Vec<Of> = rules.iter().map(|r| Of { id: r.id.into(), comment: comment(r.label).into() }).collect();
+        let element = |key: Vec<FieldRange>, rule: usize| -> NewElement {
             let chain = if rules[rule].policy == Policy::Accept { allow } else { deny };
-            ElementData::Verdict(Verdict::Goto(chain.to_owned()))
+            (key, ElementData::Verdict(Verdict::Goto(chain.to_owned())), Some(of[rule].clone()))
         };
-        let of = |rule: usize| Some((rules[rule].id, rules[rule].label));
         let v = if family == Family::Ipv4 { "4" } else { "6" };
         let peer_type = address_type(family);
         let range = |(first, last): (u128, u128)| FieldRange::new(bytes(family, first), bytes(family, last));
-        let mut maps = Maps::default();
-        for with_ports in [true, false] {
+        let mut both = [Maps::default(), Maps::default()];
+        for (maps, with_ports) in both.iter_mut().zip([true, false]) {
             let kind = if with_ports { "ports" } else { "other" };
+            let lane = (family, with_ports);
             let mine = |slot: &Slot| matches!(slot, Slot::Ports { .. }) == with_ports;
             let slot_types: &[FieldType] =
-                if with_ports { &[FieldType::InetProto, FieldType::InetService] } else { &[FieldType::InetProto] };
+                if with_ports { &[FieldType::InetService, FieldType::InetProto] } else { &[FieldType::InetProto] };
 
-            let exact: Vec<_> = (cells.exact.iter().filter(|cell| mine(&cell.slot)))
-                .map(|cell| {
-                    let mut key = vec![range(cell.peer), range(cell.local)];
-                    let slot = slot_key(cell.slot);
-                    key.push(slot[0].clone());
-                    if with_ports {
-                        key.push(FieldRange::new(cell.source_ports.0.to_be_bytes(), cell.source_ports.1.to_be_bytes()));
-                        key.push(slot[1].clone());
-                    }
-                    (key, verdict(cell.rule), of(cell.rule))
-                })
-                .collect();
-            if !exact.is_empty() {
-                let name = self.name(&[slug, &format!("exact{v}"), kind]);
-                let mut types = vec![peer_type, peer_type, FieldType::InetProto];
+            let exact = (cells.exact.iter().filter(|cell| mine(&cell.slot))).map(|cell| {
+                let mut key = vec![range(cell.peer), range(cell.local)];
                 if with_ports {
-                    types.extend([FieldType::InetService, FieldType::InetService]);
+                    key.push(FieldRange::new(cell.source_ports.0.to_be_bytes(), cell.source_ports.1.to_be_bytes()));
                 }
-                self.map(&name, types, true, MapData::Verdict, exact);
-                *(if with_ports { &mut maps.exact_ports } else { &mut maps.exact_other }) = Some(name);
-            }
+                key.extend(slot_key(cell.slot));
+                element(key, cell.rule)
+            });
+            let exact = exact.collect();
+            let mut types = vec![peer_type, peer_type];
+            types.extend(with_ports.then_some(FieldType::InetService));
+            types.extend(slot_types);
+            maps.exact = self.cell_maps(&[slug, &format!("exact{v}"), kind], lane, types, exact);
 
-            let any: Vec<_> = (cells.any.iter().filter(|(slot, _)| mine(slot)))
-                .map(|(slot, rule)| (slot_key(*slot), verdict(*rule), of(*rule)))
-                .collect();
-            if !any.is_empty() {
-                let name = self.name(&[slug, &format!("any{v}"), kind]);
-                self.map(&name, slot_types.to_vec(), true, MapData::Verdict, any);
-                *(if with_ports { &mut maps.any_ports } else { &mut maps.any_other }) = Some(name);
-            }
+            let any = cells
+                .any
+                .iter()
+                .filter(|(slot, _)| mine(slot))
+                .map(|(slot, rule)| element(slot_key(*slot).collect(), *rule));
+            let any = any.collect();
+            maps.any = self.cell_maps(&[slug, &format!("any{v}"), kind], lane, slot_types.to_vec(), any);
 
             let classes: Vec<(&Class, Vec<(Slot, usize)>)> = (cells.peer.iter())
                 .map(|class| (class, class.cells.iter().copied().filter(|(slot, _)| mine(slot)).collect::<Vec<_>>()))
@@ -807,75 +865,70 @@ impl Build<'_> {
             }
             let direct: usize = classes.iter().map(|(class, own)| class.peers.len() * own.len()).sum();
             let by_class: usize = classes.iter().map(|(class, own)| class.peers.len() + own.len()).sum();
-            let peer_map = if direct <= DIRECT_MAX.min(self.left) || direct <= by_class {
+            let values = |class: &Class| class.peers.iter().filter(|(first, last)| first == last).count();
+            let hashed: usize = classes
+                .iter()
+                .map(|(class, own)| values(class) * own.iter().filter(|(s, _)| is_value(*s)).count())
+                .sum();
+            let small = direct <= DIRECT_MAX.min(self.left) && direct - hashed <= DIRECT_RANGES_MAX;
+            if small || direct <= by_class {
                 let elements = (classes.iter())
                     .flat_map(|(class, own)| {
-                        class.peers.iter().flat_map(move |peer| own.iter().map(move |cell| (*peer, *cell)))
+                        class.peers.iter().flat_map(move |peer| own.iter().map(move |c| (*peer, *c)))
                     })
                     .map(|(peer, (slot, rule))| {
-                        let mut key = vec![range(peer)];
-                        key.extend(slot_key(slot));
-                        (key, verdict(rule), of(rule))
+                        element([range(peer)].into_iter().chain(slot_key(slot)).collect(), rule)
                     })
                     .collect();
-                let name = self.name(&[slug, &format!("peer{v}"), kind]);
                 let types = [&[peer_type], slot_types].concat();
-                self.map(&name, types, true, MapData::Verdict, elements);
-                PeerMap::Direct(name)
-            } else {
-                self.class_maps(slug, v, kind, &classes, peer_type, slot_types, &range, &verdict, &of)
-            };
-            *(if with_ports { &mut maps.peer_ports } else { &mut maps.peer_other }) = Some(peer_map);
+                let names = self.cell_maps(&[slug, &format!("peer{v}"), kind], lane, types, elements);
+                maps.peer = names.into_iter().map(PeerMap::Direct).collect();
+                continue;
+            }
+            let mut members: Vec<NewElement> = Vec::new();
+            let mut elements = Vec::new();
+            for (number, (class, own)) in (1u32..).zip(&classes) {
+                members.extend(class.peers.iter().map(|peer| (vec![range(*peer)], ElementData::Mark(number), None)));
+                for (slot, rule) in own {
+                    let class = FieldRange::exact(number.to_ne_bytes());
+                    elements.push(element([class].into_iter().chain(slot_key(*slot)).collect(), *rule));
+                }
+            }
+            // Hosts are hashed, so that one who joins is one insertion; blocks need a tree.
+            let (hosts, blocks): (Vec<_>, Vec<_>) =
+                members.into_iter().partition(|(key, ..)| key[0].first == key[0].last);
+            let types = [&[FieldType::Mark], slot_types].concat();
+            let cells = self.cell_maps(&[slug, &format!("cells{v}"), kind], lane, types, elements);
+            for (part, interval, members) in [("hosts", false, hosts), ("blocks", true, blocks)] {
+                if members.is_empty() {
+                    continue;
+                }
+                let name = self.name(&[slug, &format!("class{v}"), kind, part]);
+                self.lanes.insert(name.clone(), lane);
+                self.map(&name, vec![peer_type], interval, MapData::Mark, members);
+                maps.peer
+                    .extend(cells.iter().map(|cells| PeerMap::Classes { classes: name.clone(), cells: cells.clone() }));
+            }
         }
         // The cut counted the cells; what they became is counted here, so that the limit holds for the interface.
         let new = &self.table.maps[first_map..];
         let count: usize = new.iter().map(|map| map.elements.len()).sum();
-        self.left = match self.left.checked_sub(count) {
-            Some(left) => left,
+        match self.left.checked_sub(count) {
+            Some(left) => {
+                self.left = left;
+                Ok(both)
+            }
             None => {
                 let number: HashMap<&str, usize> = rules.iter().enumerate().map(|(n, rule)| (rule.id, n)).collect();
                 let mut by_rule = HashMap::new();
-                for (map, element) in new.iter().flat_map(|map| map.elements.iter().map(move |e| (map, e))) {
-                    let id = self.legend.get(&(map.name.clone(), element.key.clone()));
-                    if let Some(n) = id.and_then(|id| number.get(id.as_str())) {
+                for id in new.iter().filter_map(|map| self.legend.get(&map.name)).flatten() {
+                    if let Some(n) = number.get(&**id) {
                         *by_rule.entry(*n).or_default() += 1;
                     }
                 }
-                return Err(too_large(attachment, direction, limit, &rules, &by_rule));
-            }
-        };
-        Ok(maps)
-    }
-
-    #[expect(clippy::too_many_arguments, reason = "the pieces of two maps that share their classes")]
-    fn class_maps<'r>(
-        &mut self,
-        slug: &str,
-        v: &str,
-        kind: &str,
-        classes: &[(&Class, Vec<(Slot, usize)>)],
-        peer_type: FieldType,
-        slot_types: &[FieldType],
-        range: &dyn Fn((u128, u128)) -> FieldRange,
-        verdict: &dyn Fn(usize) -> ElementData,
-        of: &dyn Fn(usize) -> Option<(&'r str, &'r str)>,
-    ) -> PeerMap {
-        let mut members = Vec::new();
-        let mut elements = Vec::new();
-        for (number, (class, own)) in (1u32..).zip(classes) {
-            members.extend(class.peers.iter().map(|peer| (vec![range(*peer)], ElementData::Mark(number), None)));
-            for (slot, rule) in own {
-                let mut key = vec![FieldRange::exact(number.to_ne_bytes())];
-                key.extend(slot_key(*slot));
-                elements.push((key, verdict(*rule), of(*rule)));
+                Err(too_large(attachment, direction, limit, &rules, &by_rule))
             }
         }
-        let members_name = self.name(&[slug, &format!("class{v}"), kind]);
-        self.map(&members_name, vec![peer_type], true, MapData::Mark, members);
-        let cells_name = self.name(&[slug, &format!("cells{v}"), kind]);
-        let types = [&[FieldType::Mark], slot_types].concat();
-        self.map(&cells_name, types, true, MapData::Verdict, elements);
-        PeerMap::Classes { classes: members_name, cells: cells_name }
     }
 
     fn base_chains(&mut self, devices: &Devices) {
@@ -891,18 +944,9 @@ impl Build<'_> {
             let elements = keys.into_iter().map(|key| (vec![FieldRange::exact(key)], ElementData::Nothing, None));
             self.map(&name, vec![FieldType::IfName], false, MapData::Nothing, elements.collect());
         }
-        let states = self.name(&["states"]);
-        let elements = [
-            (1u32, Verdict::Jump(self.name(&["invalid"]))),
-            (2, Verdict::Accept),
-            (4, Verdict::Jump(self.name(&["related"]))),
-        ]
-        .map(|(state, verdict)| (vec![FieldRange::exact(state.to_ne_bytes())], ElementData::Verdict(verdict), None));
-        self.map(&states, vec![FieldType::CtState], false, MapData::Verdict, elements.to_vec());
-
         if !devices.guard.is_empty() {
-            let lookup = self.device_lookup("guard", Meta::IifName, &devices.guard);
-            self.base("guard", Hook::Prerouting, -300, vec![lookup]);
+            let lookup = self.device_rules("guard", Meta::IifName, &devices.guard);
+            self.base("guard", Hook::Prerouting, -300, lookup);
         }
         let chains = [
             ("input", Hook::Input, vec![("input", Meta::IifName, &devices.input)]),
@@ -917,39 +961,35 @@ impl Build<'_> {
             ),
         ];
         for (chain, hook, lookups) in chains {
-            let mut rules = self.sessions(&states);
+            let mut rules = vec![self.known_sessions()];
             for (map, key, list) in lookups {
-                if !list.is_empty() {
-                    rules.push(self.device_lookup(map, key, list));
-                }
+                rules.extend(self.device_rules(map, key, list));
             }
             self.base(chain, hook, PRIORITY, rules);
         }
     }
 
-    /// What each hook asks first: was the session cut, is it established?
-    fn sessions(&self, states: &str) -> Vec<Rule> {
-        vec![
-            rule(
-                vec![
-                    Expr::Ct { key: CtKey::Mark, dreg: 0 },
-                    Expr::Bitwise { sreg: 0, dreg: 0, mask: CUT_MARK.to_ne_bytes().to_vec(), xor: vec![0; 4] },
-                    cmp(0, CUT_MARK.to_ne_bytes()),
-                    jump(&self.name(&["cut"])),
-                ],
-                "",
-            ),
-            rule(
-                vec![
-                    Expr::Ct { key: CtKey::State, dreg: 0 },
-                    Expr::Lookup { map: states.to_owned(), sreg: 0, into: LookupInto::Verdict, invert: false },
-                ],
-                "",
-            ),
-        ]
+    /// What each hook asks first. A packet that opens a session passes by with one comparison.
+    fn known_sessions(&self) -> Rule {
+        const KNOWN: u32 = INVALID | ESTABLISHED | RELATED;
+        rule(
+            vec![
+                Expr::Ct { key: CtKey::State, dreg: 0 },
+                Expr::Bitwise { sreg: 0, dreg: 0, mask: KNOWN.to_ne_bytes().to_vec(), xor: vec![0; 4] },
+                Expr::Cmp { sreg: 0, op: CmpOp::Neq, data: vec![0; 4] },
+                jump(&self.name(&["known"])),
+            ],
+            "",
+        )
     }
 
-    fn device_lookup(&mut self, name: &str, key: Meta, list: &[(String, String)]) -> Rule {
+    /// To each device's chain: compared one by one if they are few, else looked up.
+    fn device_rules(&mut self, name: &str, key: Meta, list: &[(String, String)]) -> Vec<Rule> {
+        if list.len() <= DEVICES_COMPARED_MAX {
+            return (list.iter())
+                .map(|(device, chain)| rule(vec![Expr::Meta { key, dreg: 0 }, cmp(0, ifname(device)), jump(chain)], ""))
+                .collect();
+        }
         let name = self.name(&["devices", name]);
         let elements = (list.iter())
             .map(|(device, chain)| {
@@ -957,13 +997,8 @@ impl Build<'_> {
             })
             .collect();
         self.map(&name, vec![FieldType::IfName], false, MapData::Verdict, elements);
-        rule(
-            vec![
-                Expr::Meta { key, dreg: 0 },
-                Expr::Lookup { map: name, sreg: 0, into: LookupInto::Verdict, invert: false },
-            ],
-            "",
-        )
+        let lookup = Expr::Lookup { map: name, sreg: 0, into: LookupInto::Verdict, invert: false };
+        vec![rule(vec![Expr::Meta { key, dreg: 0 }, lookup], "")]
     }
 
     fn base(&mut self, name: &str, hook: Hook, priority: i32, rules: Vec<Rule>) {
@@ -972,8 +1007,15 @@ impl Build<'_> {
     }
 }
 
-/// Key, data, and id and label of the rule that it stands for, if it does.
-type NewElement<'r> = (Vec<FieldRange>, ElementData, Option<(&'r str, &'r str)>);
+/// Key, data, and the rule that it stands for, if it does.
+type NewElement = (Vec<FieldRange>, ElementData, Option<Of>);
+
+/// The rule that an element stands for.
+#[derive(Clone)]
+struct Of {
+    id: Arc<str>,
+    comment: Arc<str>,
+}
 
 struct DirectionChains {
     /// For packets that start or end at this machine, and for guests.
@@ -982,12 +1024,86 @@ struct DirectionChains {
     published: String,
 }
 
-fn slot_key(slot: Slot) -> Vec<FieldRange> {
-    match slot {
+/// Port before protocol: thousands of cells share a protocol, and what many cells share makes the kernel's walk over
+/// ranges slow if it comes first.
+fn slot_key(slot: Slot) -> impl Iterator<Item = FieldRange> {
+    let (port, protocol) = match slot {
         Slot::Ports { protocol, first, last } => {
-            vec![FieldRange::exact([protocol]), FieldRange::new(first.to_be_bytes(), last.to_be_bytes())]
+            (Some(FieldRange::new(first.to_be_bytes(), last.to_be_bytes())), FieldRange::exact([protocol]))
         }
-        Slot::Protocols { first, last } => vec![FieldRange::new([first], [last])],
+        Slot::Protocols { first, last } => (None, FieldRange::new([first], [last])),
+    };
+    port.into_iter().chain([protocol])
+}
+
+/// True if the slot is a single value in each of its fields.
+fn is_value(slot: Slot) -> bool {
+    match slot {
+        Slot::Ports { first, last, .. } => first == last,
+        Slot::Protocols { first, last } => first == last,
+    }
+}
+
+/// A label as far as nft can show it.
+fn comment(label: &str) -> String {
+    let mut comment: String = label.chars().take(60).collect();
+    while comment.len() > keepwall_ir::nft::COMMENT_MAX {
+        comment.pop();
+    }
+    comment
+}
+
+/// One rule per map, most specific kind first.
+fn lookups((family, with_ports): Lane, view: View, maps: &Maps, out: &mut Vec<Rule>) {
+    let regs = address_type(family).regs();
+    let vmap = |map: &str| Expr::Lookup { map: map.to_owned(), sreg: 0, into: LookupInto::Verdict, invert: false };
+    // Key fields behind the address or class: the destination port, where there is one, and the protocol.
+    let slot = |first: u8| {
+        let port = with_ports.then(|| view.destination_port(first));
+        port.into_iter().chain([Expr::Meta { key: Meta::L4Proto, dreg: first + u8::from(with_ports) }])
+    };
+    let mut add = |exprs: Vec<Expr>, comment: &str| {
+        out.push(rule(nfproto(family).into_iter().chain(exprs).collect(), comment));
+    };
+    for map in &maps.exact {
+        let mut exprs = vec![view.peer(family, 0), view.local(family, regs)];
+        if with_ports {
+            exprs.push(transport(0, 2, 2 * regs));
+        }
+        exprs.extend(slot(2 * regs + u8::from(with_ports)));
+        exprs.push(vmap(map));
+        add(exprs, "rules about both sides");
+    }
+    for map in &maps.peer {
+        match map {
+            PeerMap::Direct(map) => {
+                let mut exprs = vec![view.peer(family, 0)];
+                exprs.extend(slot(regs));
+                exprs.push(vmap(map));
+                add(exprs, "rules about some peers");
+            }
+            PeerMap::Classes { classes, cells } => {
+                // nft 1.0.6 aborts when it lists a looked-up register inside a concatenation, unless the register was
+                // loaded from a packet field; so the class passes through the packet mark, which is put back before
+                // anything can break off (ADR 8).
+                let mut exprs = vec![
+                    Expr::Meta { key: Meta::Mark, dreg: 8 },
+                    view.peer(family, 0),
+                    Expr::Lookup { map: classes.clone(), sreg: 0, into: LookupInto::Register(0), invert: false },
+                    Expr::MarkSet { sreg: 0 },
+                    Expr::Meta { key: Meta::Mark, dreg: 0 },
+                    Expr::MarkSet { sreg: 8 },
+                ];
+                exprs.extend(slot(1));
+                exprs.push(vmap(cells));
+                add(exprs, "rules about some peers, by class");
+            }
+        }
+    }
+    for map in &maps.any {
+        let mut exprs: Vec<Expr> = slot(0).collect();
+        exprs.push(vmap(map));
+        add(exprs, "rules about every peer");
     }
 }
 
