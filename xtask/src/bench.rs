@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use keepwall_core::{Place, PortRange, Prefix, Protocol};
 use keepwall_ir::nft::Table;
-use keepwall_nft::{Nft, NftError};
+use keepwall_nft::Nft;
 use keepwall_packets::draw::{Dice, HOST_DEVICE, Path, Trip};
 use keepwall_packets::kernel::{Failure, be_a_router, host_device, no_root};
 use keepwall_packets::model;
@@ -519,23 +519,22 @@ fn membership() -> Result<(Took, Took, Took), Failure> {
         namespace::in_a_new_one(|| -> Result<(), Failure> {
             let mut nft = Nft::open()?;
             let mut tag = "v0".to_owned();
-            let mut present = lower(&group(MEMBERS, inner), &tag)?.table;
-            nft.replace(&present)?;
+            let mut present = lower(&group(MEMBERS, inner), &tag)?;
+            nft.replace(&present.table)?;
             for number in 0..2 * (UPDATES + 1) {
                 let joins = number % 2 == 0;
                 let intent = group(MEMBERS + u32::from(joins), inner);
                 let started = Instant::now();
-                let mut next = lower(&intent, &tag)?.table;
+                let mut next = lower(&intent, &tag)?;
                 let lowered = started.elapsed();
-                match nft.replace_from(&present, &next) {
-                    Ok(_) => {}
-                    // More than one map changes: the driver wants fresh names, and everything is built anew.
-                    Err(NftError::NameReused { .. }) => {
-                        tag = format!("w{number}");
-                        next = lower(&intent, &tag)?.table;
-                        nft.replace_from(&present, &next)?;
-                    }
-                    Err(error) => return Err(error.into()),
+                // As the agent does it.
+                if present.differs_in_place(&next) {
+                    nft.change_elements(&present.table, &next.table)?;
+                } else {
+                    let fresh = format!("w{number}");
+                    next = next.retagged(&tag, &fresh);
+                    tag = fresh;
+                    nft.replace_from(&present.table, &next.table)?;
                 }
                 let took = started.elapsed();
                 present = next;

@@ -12,7 +12,7 @@ use keepwall_ir::nft::{
 
 use crate::error::NftError;
 use crate::kernel::{Dumped, Kernel};
-use crate::plan::{Change, Names, Plan, Steps, plan};
+use crate::plan::{Change, Names, Plan, Steps, element_changes, plan};
 
 /// Another change during a reading spoils it; this often it is read again.
 const READINGS_MAX: usize = 8;
@@ -255,7 +255,7 @@ impl Nft {
             true => self.observe(desired.family, &desired.name)?,
             false => None,
         };
-        self.carry_out(present.as_ref(), desired, false)
+        self.carry_out(present.as_ref(), desired)
     }
 
     /// As [`Nft::replace`], but takes the caller's word for what is in force, and saves reading it: `previous` must be
@@ -269,17 +269,34 @@ impl Nft {
             return self.replace(desired);
         }
         let previous = normalised(previous);
-        self.carry_out(Some(&previous), desired, false)
+        self.carry_out(Some(&previous), desired)
     }
 
-    /// As [`Nft::replace_from`], but elements of several maps may change in place, in one transaction. The kernel
-    /// publishes such a transaction map after map, so the caller must know that no packet asks two of them.
+    /// Changes elements in place, also of several maps, in one transaction. The kernel publishes such a transaction map
+    /// after map, so the caller must know that no packet asks two of them. Both tables must be normalised, and
+    /// `previous` must be what this same value put in force last.
     ///
     /// # Errors
-    /// As for [`Nft::replace`]; [`NftError::NameReused`] if more than elements would change.
+    /// As for [`Nft::replace`]; [`NftError::NameReused`] if maps differ in more than elements.
     pub fn change_elements(&mut self, previous: &Table, desired: &Table) -> Result<Applied, NftError> {
-        let previous = normalised(previous);
-        self.carry_out(Some(&previous), desired, true)
+        let at = At { family: desired.family, table: &desired.name };
+        let reused = |what| NftError::NameReused { table: desired.name.clone(), what };
+        let changes = element_changes(previous, desired).map_err(reused)?;
+        self.elements(at, &changes)
+    }
+
+    fn elements(&mut self, at: At<'_>, changes: &[Change<'_>]) -> Result<Applied, NftError> {
+        self.transact(at, |batch| {
+            changes.iter().try_for_each(|Change { map, remove, add }| {
+                batch.del_elements(at, map, remove.iter().copied())?;
+                batch.new_elements(at, map, add.iter().copied())
+            })
+        })?;
+        Ok(Applied {
+            elements_added: changes.iter().map(|change| change.add.len()).sum(),
+            elements_removed: changes.iter().map(|change| change.remove.len()).sum(),
+            ..Applied::default()
+        })
     }
 
     /// Observe, compare, replace, observe again.
@@ -409,26 +426,16 @@ impl Nft {
         Ok(true)
     }
 
-    fn carry_out(&mut self, present: Option<&Table>, desired: &Table, independent: bool) -> Result<Applied, NftError> {
+    fn carry_out(&mut self, present: Option<&Table>, desired: &Table) -> Result<Applied, NftError> {
         let desired = normalised(desired);
         let at = At { family: desired.family, table: &desired.name };
         let reused = |what| NftError::NameReused { table: desired.name.clone(), what };
-        match plan(present, &desired, independent).map_err(reused)? {
+        match plan(present, &desired).map_err(reused)? {
             Plan::Nothing => Ok(Applied::default()),
-            Plan::Elements { clean, changes } => {
+            Plan::Elements { clean, change } => {
                 self.remove_names(at, &clean)?;
-                self.transact(at, |batch| {
-                    changes.iter().try_for_each(|Change { map, remove, add }| {
-                        batch.del_elements(at, map, remove.iter().copied())?;
-                        batch.new_elements(at, map, add.iter().copied())
-                    })
-                })?;
-                Ok(Applied {
-                    elements_added: changes.iter().map(|change| change.add.len()).sum(),
-                    elements_removed: changes.iter().map(|change| change.remove.len()).sum(),
-                    removed: all_names(&clean),
-                    ..Applied::default()
-                })
+                let applied = self.elements(at, &[change])?;
+                Ok(Applied { removed: all_names(&clean), ..applied })
             }
             Plan::Replace(steps) => self.replace_in_phases(at, desired.flags, present, &steps),
         }

@@ -38,9 +38,8 @@ impl Names {
 pub(crate) enum Plan<'a> {
     /// None: it is so.
     Nothing,
-    /// Maps change some of their elements, and nothing else changes: one map, or several that the caller says no packet
-    /// asks two of.
-    Elements { clean: Names, changes: Vec<Change<'a>> },
+    /// One map changes some of its elements, and nothing else changes.
+    Elements { clean: Names, change: Change<'a> },
     /// See the module's text.
     Replace(Steps<'a>),
 }
@@ -84,13 +83,27 @@ pub(crate) struct Switch<'a> {
     pub(crate) policy: bool,
 }
 
-/// Both tables must be normalised. `independent` says that no packet asks two of the maps that change under their own
-/// names. The error names what would have to change under its own name.
-pub(crate) fn plan<'a>(
-    present: Option<&'a Table>,
-    desired: &'a Table,
-    independent: bool,
-) -> Result<Plan<'a>, Vec<String>> {
+/// The elements by which two tables differ that differ in elements only; both must be normalised. The error names what
+/// else differs.
+pub(crate) fn element_changes<'a>(present: &'a Table, desired: &'a Table) -> Result<Vec<Change<'a>>, Vec<String>> {
+    if present.maps.len() != desired.maps.len() {
+        return Err(vec!["the number of maps".to_owned()]);
+    }
+    let pairs = || present.maps.iter().zip(&desired.maps);
+    let other: Vec<String> =
+        pairs().filter(|(old, new)| !same_shape(old, new)).map(|(_, new)| format!("map {}", new.name)).collect();
+    if !other.is_empty() {
+        return Err(other);
+    }
+    let changes = pairs().map(|(old, map)| {
+        let (remove, add) = difference(&old.elements, &map.elements);
+        Change { map, remove, add }
+    });
+    Ok(changes.filter(|change| !change.remove.is_empty() || !change.add.is_empty()).collect())
+}
+
+/// Both tables must be normalised. The error names what would have to change under its own name.
+pub(crate) fn plan<'a>(present: Option<&'a Table>, desired: &'a Table) -> Result<Plan<'a>, Vec<String>> {
     let Some(present) = present else {
         return Ok(Plan::Replace(from_nothing(desired)));
     };
@@ -156,15 +169,11 @@ pub(crate) fn plan<'a>(
         && steps.switch.is_empty()
         && steps.drop_bases.is_empty()
         && steps.retire.is_empty();
-    if nothing_else
-        && (changed_maps.len() == 1 || (independent && !changed_maps.is_empty()))
-        && changed_maps.iter().all(|(old, new)| same_shape(old, new))
+    if let ([(old, map)], true) = (&changed_maps[..], nothing_else)
+        && same_shape(old, map)
     {
-        let changes = changed_maps.iter().map(|(old, map)| {
-            let (remove, add) = difference(&old.elements, &map.elements);
-            Change { map, remove, add }
-        });
-        return Ok(Plan::Elements { clean: steps.clean, changes: changes.collect() });
+        let (remove, add) = difference(&old.elements, &map.elements);
+        return Ok(Plan::Elements { clean: steps.clean, change: Change { map, remove, add } });
     }
     reused.extend(changed_maps.iter().map(|(_, map)| format!("map {}", map.name)));
     if reused.is_empty() { Ok(Plan::Replace(steps)) } else { Err(reused) }
@@ -318,9 +327,14 @@ fn reachable(table: &Table) -> Used<'_> {
                     if !used.maps.insert(&map.name) || *into != LookupInto::Verdict {
                         continue;
                     }
+                    // Thousands of elements lead to a handful of chains; most to the same as their neighbour.
+                    let mut last = None;
                     for element in &map.elements {
-                        if let ElementData::Verdict(verdict) = &element.data {
+                        if let ElementData::Verdict(verdict) = &element.data
+                            && last != Some(verdict)
+                        {
                             visit(table, verdict, &mut used, &mut todo);
+                            last = Some(verdict);
                         }
                     }
                 }
