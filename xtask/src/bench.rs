@@ -163,6 +163,7 @@ fn attached(ingress: Vec<IntentRule>) -> Intent {
         ingress,
         egress: vec![],
     };
+    // As the agent loads it while nobody runs `keepwall flows`.
     Intent { flow_log_per_s: 0, elements_max: 1_000_000, attachments: vec![attachment], ..Intent::empty("host") }
 }
 

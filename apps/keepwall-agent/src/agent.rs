@@ -530,6 +530,11 @@ impl Agent {
         Ok(drift)
     }
 
+    /// Starts or stops flow records.
+    pub(crate) fn watch(&mut self, watched: bool) -> Result<(), String> {
+        self.enforcer.watch(watched)
+    }
+
     pub(crate) fn counters(&mut self) -> Result<Counters, Refused> {
         self.enforcer.counters().map_err(kernel)
     }

@@ -14,6 +14,8 @@ pub(crate) struct Enforcer {
     /// Tried when the first rules are to be loaded: an agent that only observes leaves no trace in the kernel.
     features: Option<Features>,
     loaded: Option<Loaded>,
+    /// Somebody reads flow records. Without a reader there are none: each would cost every new session some 70 ns.
+    watched: bool,
     /// Numbers the versions of our chains and maps; never used twice in the life of a table.
     serial: u64,
     /// Packets and bytes by rule id of maps that are gone.
@@ -37,7 +39,15 @@ pub(crate) enum Change {
 impl Enforcer {
     pub(crate) fn open() -> Result<Enforcer, NftError> {
         let nft = Nft::open()?;
-        Ok(Enforcer { nft, features: None, loaded: None, serial: 0, retired: BTreeMap::new(), since: Instant::now() })
+        Ok(Enforcer {
+            nft,
+            features: None,
+            loaded: None,
+            watched: false,
+            serial: 0,
+            retired: BTreeMap::new(),
+            since: Instant::now(),
+        })
     }
 
     /// What this kernel can do; refused if it lacks what security groups cannot do without.
@@ -81,7 +91,7 @@ impl Enforcer {
         if !features.ct_timeouts {
             intent.session_idle_s = None;
         }
-        if !features.log || !features.limit {
+        if !features.log || !features.limit || !self.watched {
             intent.flow_log_per_s = 0;
         }
         let mut lowered = lower(&intent, tag).map_err(|error| error.to_string())?;
@@ -169,6 +179,17 @@ impl Enforcer {
             }
         }
         self.enforce(intent)
+    }
+
+    /// Starts or stops flow records, by rules with or without them.
+    pub(crate) fn watch(&mut self, watched: bool) -> Result<(), String> {
+        if std::mem::replace(&mut self.watched, watched) == watched {
+            return Ok(());
+        }
+        match self.intent().cloned() {
+            Some(intent) => self.enforce(&intent).map(|_| ()),
+            None => Ok(()),
+        }
     }
 
     /// Looks at the kernel and puts right what differs.

@@ -53,6 +53,19 @@ pub(crate) fn flows(mut stream: UnixStream, shared: &Shared) {
             return refuse(&mut stream, chain(&error), "only one `keepwall flows` can run at a time on a machine");
         }
     };
+    /// Stops the records however the stream ends.
+    struct Unwatch<'a>(&'a Shared);
+    impl Drop for Unwatch<'_> {
+        fn drop(&mut self) {
+            if let Err(why) = hold(self.0).watch(false) {
+                crate::log(format!("flow records go on without a reader: {why}"));
+            }
+        }
+    }
+    let _unwatch = Unwatch(shared);
+    if let Err(why) = hold(shared).watch(true) {
+        return refuse(&mut stream, why, "");
+    }
     if !send(&mut stream, Event::Ready) {
         return;
     }
