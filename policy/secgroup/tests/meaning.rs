@@ -277,7 +277,9 @@ fn the_order_in_which_rules_of_one_priority_were_written_decides_who_is_named() 
     assert_eq!(judge(&intent, &intent.attachments[0], &packet), wanted);
     let lowered = lower(&intent, "g1").unwrap();
     let id = &intent.attachments[0].ingress.iter().find(|rule| rule.label == "web/ingress#2").unwrap().id;
-    assert!(lowered.legend.values().any(|counted| counted == id), "what the kernel counts is the same rule");
+    let counted = lowered.table.maps.iter().flat_map(|map| map.elements.iter().map(move |e| (map, e)));
+    let mut counted = counted.filter_map(|(map, element)| lowered.rule_of(&map.name, &element.key));
+    assert!(counted.any(|counted| counted == id), "what the kernel counts is the same rule");
 }
 
 #[test]
@@ -346,4 +348,39 @@ fn a_failing_test_of_the_policy_gives_an_example() {
             ),
         ]
     );
+}
+
+#[test]
+fn what_changes_in_place_is_never_asked_twice_by_one_packet() {
+    let text = |member: &str, ingress: &str| {
+        let mut text =
+            "version: 1\ninstances:\n  web: { interfaces: { eth0: { addresses: [10.0.0.5], groups: [web] } } }\n"
+                .to_owned();
+        text.push_str(member);
+        text.push_str("security_groups:\n  web:\n    ingress:\n");
+        text.push_str(ingress);
+        text
+    };
+    let lowered = |text: &str| lower(&resolve(&posture(text), "web").unwrap(), "g1").unwrap();
+    let rules = "      - { ports: [80, 81], from: 192.0.2.1 }\n      - { ports: 443, from: any }\n";
+    let before = lowered(&text("", rules));
+
+    // A member of both families, let in whatever it sends: four maps, one for each kind of packet.
+    let newcomer = "  app: { interfaces: { eth0: { addresses: [10.0.0.6, \"fd00::6\"], groups: [web] } } }\n";
+    let again = "  old: { interfaces: { eth0: { addresses: [10.0.0.9, \"fd00::9\"], groups: [web] } } }\n";
+    let with_one = lowered(&text(again, rules));
+    let with_two = lowered(&text(&format!("{again}{newcomer}"), rules));
+    assert!(with_one.differs_in_place(&with_two) && with_two.differs_in_place(&with_one));
+    let changed = with_one.table.maps.iter().zip(&with_two.table.maps).filter(|(a, b)| a != b).count();
+    assert_eq!(changed, 4);
+
+    // Port 80 goes from one peer's map to everybody's: a packet that asks both could see neither.
+    let moved = lowered(&text("", "      - { ports: 81, from: 192.0.2.1 }\n      - { ports: [80, 443], from: any }\n"));
+    assert!(!before.differs_in_place(&moved));
+    // A map that was not there, and other chains, are no change of elements.
+    assert!(!before.differs_in_place(&with_one));
+    let tagged = before.clone().retagged("g1", "g2");
+    let again = lower(&resolve(&posture(&text("", rules)), "web").unwrap(), "g2").unwrap();
+    assert_eq!(tagged.table, again.table, "a new tag is what lowering under it gives");
+    assert!(!before.differs_in_place(&tagged));
 }
