@@ -40,6 +40,11 @@ pub fn judges(trip: &Trip) -> Vec<(usize, Direction)> {
 /// What the semantics say: true if the packet arrives.
 #[must_use]
 pub fn expected(case: &Case, trip: &Trip) -> bool {
+    // A guest that plays the router never gets as far as a group: the guard at its device drops that.
+    let from_guest = matches!(trip.path, Path::FromGuest | Path::Between | Path::GuestToHost);
+    if from_guest && trip.protocol == 58 && matches!(trip.icmp, Some((134 | 137, _))) {
+        return false;
+    }
     let allows = |(instance, way)| evaluate(&case.checked, instance, 0, &trip.seen(way)).is_allow();
     judges(trip).into_iter().all(allows)
 }

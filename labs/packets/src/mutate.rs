@@ -55,7 +55,7 @@ pub fn mutant(dice: &mut Dice, table: &Table) -> Option<Mutant> {
         .filter(|n| {
             let map = &table.maps[*n];
             let decides = map.counters || map.data == MapData::Mark || map.name.contains("_services");
-            map.interval && decides && !map.elements.is_empty()
+            decides && !map.elements.is_empty()
         })
         .collect();
     let at = *maps.get(dice.below(maps.len()))?;

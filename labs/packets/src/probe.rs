@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use keepwall_core::{AddrRange, Family};
-use keepwall_ir::nft::{Element, ElementData, FieldType, Map, Table};
+use keepwall_ir::nft::{Element, ElementData, Map, Table};
 
 use crate::draw::{Case, Dice, GUEST_DEVICES, HOST, HOST_DEVICE, Path, Trip};
 
@@ -67,19 +67,22 @@ fn parts(name: &str) -> Option<(&str, bool, &str)> {
     ours.then_some((device, way == "in", what))
 }
 
-fn fields(what: &str, key: &[FieldType]) -> Option<Vec<Field>> {
+/// The fields of a map's key, in order.
+fn fields(what: &str) -> Option<&'static [Field]> {
     use Field::{Class, Local, Peer, Port, Protocol, SourcePort};
-    let (kind, _) = what.split_once(['4', '6'])?;
-    let all: &[Field] = match kind {
-        "exact" if key.len() == 5 => &[Peer, Local, Protocol, SourcePort, Port],
-        "exact" => &[Peer, Local, Protocol],
-        "peer" => &[Peer, Protocol, Port],
-        "any" => &[Protocol, Port],
-        "class" | "services" => &[Peer],
-        "cells" => &[Class, Protocol, Port],
+    let (kind, rest) = what.split_once(['4', '6'])?;
+    Some(match (kind, rest.starts_with("_ports")) {
+        ("exact", true) => &[Peer, Local, SourcePort, Port, Protocol],
+        ("exact", false) => &[Peer, Local, Protocol],
+        ("peer", true) => &[Peer, Port, Protocol],
+        ("peer", false) => &[Peer, Protocol],
+        ("any", true) => &[Port, Protocol],
+        ("any", false) => &[Protocol],
+        ("cells", true) => &[Class, Port, Protocol],
+        ("cells", false) => &[Class, Protocol],
+        ("class" | "services", _) => &[Peer],
         _ => return None,
-    };
-    Some(all[..key.len()].to_vec())
+    })
 }
 
 fn side(name: &str) -> Option<(Side, &str)> {
@@ -117,17 +120,19 @@ impl Region {
     pub fn of_element(table: &Table, map: &Map, element: &Element) -> Option<Region> {
         let (side, what) = side(&map.name)?;
         let mut region = Region::everything(vec![side]);
-        region.with_ports = if what.ends_with("_ports") {
+        region.with_ports = if what.contains("_ports") {
             Some(true)
-        } else if what.ends_with("_other") {
+        } else if what.contains("_other") {
             Some(false)
         } else {
             None
         };
-        for (n, field) in fields(what, &map.key)?.into_iter().enumerate() {
+        let fields = fields(what)?;
+        assert_eq!(fields.len(), map.key.len(), "this module knows how {} is laid out", map.name);
+        for (n, field) in fields.iter().enumerate() {
             match field {
                 Field::Class => region.peers = class_members(table, &map.name, element)?,
-                _ => region.set(field, range(element, n)),
+                _ => region.set(*field, range(element, n)),
             }
         }
         Some(region)
@@ -146,17 +151,7 @@ impl Region {
     /// Only one value of one field of a map's key.
     pub fn narrow(&mut self, map: &str, field: usize, value: &[u8]) {
         let value = number(value);
-        let fields = side(map).and_then(|(_, what)| {
-            // Just as long as any key is: the field is known to be one of it.
-            let key = if what.ends_with("ports") { [FieldType::InetService; 5] } else { [FieldType::InetProto; 5] };
-            let len = match what.split_once(['4', '6'])? {
-                ("exact", "_ports") => 5,
-                ("exact", _) | ("peer" | "cells", "_ports") => 3,
-                ("any", "_ports") | ("peer" | "cells", _) => 2,
-                _ => 1,
-            };
-            fields(what, &key[..len])
-        });
+        let fields = side(map).and_then(|(_, what)| fields(what));
         if let Some(field) = fields.and_then(|fields| fields.get(field).copied()) {
             self.set(field, (value, value));
         }
@@ -176,10 +171,13 @@ impl Region {
 
 /// The peers of the class that an element of a cells map is about.
 fn class_members(table: &Table, cells: &str, element: &Element) -> Option<Vec<Range>> {
-    let name = cells.replace("_cells", "_class");
-    let map = table.maps.iter().find(|map| map.name == name)?;
+    // `n0_kw0_in_cells4_ports_values.tag` has its members in `n0_kw0_in_class4_ports_hosts.tag` and `…_blocks.tag`.
+    let (stem, tag) = cells.split_once('.')?;
+    let stem = stem.rsplit_once('_')?.0.replace("_cells", "_class");
     let class = u32::from_ne_bytes(element.key.first()?.first.as_slice().try_into().ok()?);
-    let members = map.elements.iter().filter(|member| member.data == ElementData::Mark(class));
+    let names = ["hosts", "blocks"].map(|part| format!("{stem}_{part}.{tag}"));
+    let maps = table.maps.iter().filter(|map| names.contains(&map.name));
+    let members = maps.flat_map(|map| &map.elements).filter(|member| member.data == ElementData::Mark(class));
     Some(members.map(|member| range(member, 0)).collect())
 }
 
@@ -359,7 +357,7 @@ fn cuts(table: &Table, wanted: &Side) -> Cuts {
     cuts.protocol.extend(SPECIAL_PROTOCOLS);
     for map in &table.maps {
         let Some((side, what)) = side(&map.name) else { continue };
-        let Some(fields) = fields(what, &map.key).filter(|_| side == *wanted) else { continue };
+        let Some(fields) = fields(what).filter(|_| side == *wanted) else { continue };
         for element in &map.elements {
             for (n, field) in fields.iter().enumerate() {
                 let set = match field {

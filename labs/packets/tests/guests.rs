@@ -45,6 +45,8 @@ fn a_guests_own_addresses_get_out_and_borrowed_ones_do_not() {
         (trip("fd00:3::2", "2001:db8::1"), false),
         (trip("2001:db8::99", "2001:db8::1"), false),
     ];
+    let router = Trip { protocol: 58, icmp: Some((134, 0)), source_port: 0, destination_port: 0, ..trips[1].0 };
+    assert!(!interpreted(&table, &router) && !expected(&case, &router), "a guest is no router");
     for (trip, own) in &trips {
         assert_eq!(interpreted(&table, trip), *own, "{trip:?}");
     }
