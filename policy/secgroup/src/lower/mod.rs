@@ -15,7 +15,7 @@
 //! agree. Devices that nobody attached fall through every map and are left alone.
 //!
 //! All but the base chains carry the `tag` in their name, so that a new version can be built beside the old
-//! one and switched to in one small transaction (packet-path.md §3).
+//! one and switched to in one small transaction (ADR 3).
 
 mod exprs;
 mod lowered;
