@@ -67,7 +67,7 @@ pub fn run(args: &[String]) -> Result<(), String> {
         let rules = rules.parse().map_err(|_| HELP.to_owned())?;
         return be_killed(Path::new(directory), rules).map_err(|failure| failure.to_string());
     }
-    let (mut replacements, mut pps, mut kills) = (100, 50_000, 210);
+    let (mut replacements, mut pps, mut kills) = (100, 51_000, 210);
     for pair in args.chunks(2) {
         let [name, value] = pair else { return Err(HELP.to_owned()) };
         let number: u32 = value.parse().map_err(|_| HELP.to_owned())?;
