@@ -36,7 +36,7 @@ const HELP: &str = "\
 cargo xtask traffic [--replacements N] [--pps N] [--kills N]
 
   --replacements  at each size (100)
-  --pps           packets per second, half always allowed, half always denied (50000)
+  --pps           packets per second, half always allowed, half always denied (51000)
   --kills         kill -9 of the process that replaces, in all (210)";
 
 /// Rules of the policies.
