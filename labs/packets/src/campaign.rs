@@ -278,6 +278,12 @@ fn mutants_of(dice: &mut Dice, n: usize, case: &Case) -> Mutants {
     }
     let probes: Vec<(Trip, bool)> = probes.into_iter().map(|trip| (trip, expected(case, &trip))).collect();
     let mut out = Mutants { probes: probes.len(), ..Mutants::default() };
+    // A packet that the unbroken table gets wrong would make every mutant look noticed.
+    if let Some((trip, wanted)) = probes.iter().find(|(trip, wanted)| interpreted(&table, trip) != *wanted) {
+        out.made = 1;
+        out.missed.push(format!("policy {n}: the unbroken table is wrong: wanted {wanted} for {trip:?}"));
+        return out;
+    }
     let mut done = HashSet::new();
     for _ in 0..MUTANTS_PER_POLICY * 2 {
         let Some(mutant) = mutate::mutant(dice, &table) else { continue };

@@ -9,7 +9,7 @@
 
 use std::net::IpAddr;
 
-use keepwall_core::{Place, Prefix};
+use keepwall_core::{Family, Place, Prefix};
 
 use crate::check::Checked;
 use crate::expand;
@@ -165,6 +165,8 @@ pub fn evaluate(checked: &Checked, instance: usize, interface: usize, packet: &P
 
 fn matches(checked: &Checked, single: &expand::Single<'_>, packet: &Packet) -> bool {
     single.rule.protocol.matches(packet.protocol)
+        // ICMP is of IPv4 and ICMPv6 of IPv6, also where the peer is a group of both.
+        && single.rule.protocol.family().is_none_or(|family| family == Family::of(packet.peer))
         && single.ports.is_none_or(|range| range.contains(packet.destination_port))
         && single.source_ports.is_none_or(|range| range.contains(packet.source_port))
         && single.rule.local.is_none_or(|prefix| prefix.contains(packet.local))

@@ -30,6 +30,7 @@ pub fn judge(intent: &Intent, attachment: &Attachment, packet: &Packet) -> Verdi
     }
     let matched = attachment.rules(packet.direction).iter().find(|rule| {
         rule.protocol.matches(packet.protocol)
+            && rule.protocol.family().is_none_or(|family| family == Family::of(packet.peer))
             && rule.ports.is_none_or(|range| range.contains(packet.destination_port))
             && rule.source_ports.is_none_or(|range| range.contains(packet.source_port))
             && rule.local.is_none_or(|prefix| prefix.contains(packet.local))
