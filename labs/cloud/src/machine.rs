@@ -134,12 +134,6 @@ pub fn clear_all() -> Result<(), Error> {
     clear()
 }
 
-/// True if the lab's machines are there.
-#[must_use]
-pub fn is_up() -> bool {
-    MACHINES.iter().all(|machine| ns_path(machine.name).exists())
-}
-
 /// Makes machines and cables. Clears away first what a killed lab left.
 ///
 /// # Errors
