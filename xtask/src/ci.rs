@@ -2,7 +2,7 @@
 
 use std::process::{Command, Stdio};
 
-use crate::{root, say, tidy};
+use crate::{openapi, root, say, tidy};
 
 /// `cargo xtask ci [--no-tests]`
 pub(crate) fn run(args: &[String]) -> Result<(), String> {
@@ -16,6 +16,8 @@ pub(crate) fn run(args: &[String]) -> Result<(), String> {
     cargo(&strict, "mend what it names; an exception is `#[expect(…, reason = \"…\")]`")?;
     say("== tidy");
     tidy::run(&[])?;
+    say("== openapi --check");
+    openapi::run(&["--check".to_owned()])?;
     if present("cargo-deny") {
         let what = ["deny", "--offline", "check", "bans", "licenses", "sources"];
         cargo(&what, "see deny.toml: a licence or a source that is not on the list needs a reason there")?;

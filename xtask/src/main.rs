@@ -3,6 +3,7 @@
 pub mod bench;
 mod ci;
 mod fuzz;
+mod openapi;
 mod tidy;
 pub mod traffic;
 pub mod verdicts;
@@ -16,6 +17,7 @@ cargo xtask COMMAND
 Every day:
   tidy                 layers, lints, links and other things that the compiler does not hold
   ci                   fmt, clippy, tidy, cargo-deny, all tests: what CI runs
+  openapi              docs/openapi.json and the client from control/api; --check only compares
   fuzz smoke           every fuzz target for a short while; see `fuzz help`
 
 Proofs (see CONTRIBUTING.md; those with real packets need root and use namespaces of their own):
@@ -32,6 +34,7 @@ type Chore = fn(&[String]) -> Result<(), String>;
 const CHORES: &[(&str, Chore)] = &[
     ("tidy", tidy::run),
     ("ci", ci::run),
+    ("openapi", openapi::run),
     ("fuzz", fuzz::run),
     ("bench", bench::run),
     ("verdicts", verdicts::run),

@@ -1,6 +1,6 @@
 //! A spec with every name resolved, for one machine: what its agent is told, keeps on disk and enforces.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 
 use keepwall_core::{Place, PortRange, Prefix, Protocol};
@@ -183,23 +183,69 @@ pub fn rules_of(checked: &Checked, group: &crate::spec::Group, direction: Direct
 /// # Errors
 /// The instance is not declared.
 pub fn resolve(checked: &Checked, instance: &str) -> Result<Intent, ResolveError> {
-    let spec = checked.spec();
-    if checked.instance(instance).is_none() {
-        return Err(ResolveError {
-            instance: instance.to_owned(),
-            known: spec.instances.iter().map(|i| i.name.clone()).collect(),
-        });
+    Resolver::new(checked).resolve(checked, instance)
+}
+
+/// Resolves many machines of one posture: what they share is made once. It is asked with the [`Checked`] that it was
+/// made from.
+#[derive(Debug)]
+pub struct Resolver {
+    /// Instance and interface indexes by the machine that enforces for them. Each declared instance is a key.
+    here: HashMap<String, Vec<(usize, usize)>>,
+    /// Inbound and outbound rules by group.
+    rules: HashMap<String, [Vec<IntentRule>; 2]>,
+}
+
+impl Resolver {
+    /// Makes what machines share.
+    #[must_use]
+    pub fn new(checked: &Checked) -> Resolver {
+        let spec = checked.spec();
+        let mut here: HashMap<String, Vec<(usize, usize)>> =
+            spec.instances.iter().map(|instance| (instance.name.clone(), Vec::new())).collect();
+        for (i, owner) in spec.instances.iter().enumerate() {
+            for (n, interface) in owner.interfaces.iter().enumerate() {
+                let enforcer = interface.host.as_ref().map_or(&owner.name, |host| &host.name);
+                here.entry(enforcer.clone()).or_default().push((i, n));
+            }
+        }
+        let rules = (spec.groups.iter())
+            .map(|group| (group.name.clone(), Direction::BOTH.map(|direction| rules_of(checked, group, direction))))
+            .collect();
+        Resolver { here, rules }
     }
-    let mut attachments = Vec::new();
-    let mut sets = BTreeMap::new();
-    for (i, owner) in spec.instances.iter().enumerate() {
-        for (n, interface) in owner.interfaces.iter().enumerate() {
-            let here = match &interface.host {
-                None => owner.name == instance,
-                Some(host) => host.name == instance,
-            };
+
+    /// As [`resolve`].
+    ///
+    /// # Errors
+    /// The instance is not declared.
+    pub fn resolve(&self, checked: &Checked, instance: &str) -> Result<Intent, ResolveError> {
+        let mut intent = self.without_sets(checked, instance)?;
+        for name in intent.set_names() {
+            let members = set_members(checked, &name);
+            intent.sets.insert(name, members);
+        }
+        Ok(intent)
+    }
+
+    /// What the machine enforces, but for the members of the sets that its rules name ([`Intent::set_names`]).
+    ///
+    /// # Errors
+    /// The instance is not declared.
+    pub fn without_sets(&self, checked: &Checked, instance: &str) -> Result<Intent, ResolveError> {
+        let spec = checked.spec();
+        let Some(here) = self.here.get(instance) else {
+            return Err(ResolveError {
+                instance: instance.to_owned(),
+                known: spec.instances.iter().map(|i| i.name.clone()).collect(),
+            });
+        };
+        let mut attachments = Vec::new();
+        for &(i, n) in here {
+            let owner = &spec.instances[i];
+            let interface = &owner.interfaces[n];
             let groups: Vec<&crate::spec::Group> = checked.groups_of(i, n).collect();
-            if !here || groups.is_empty() {
+            if groups.is_empty() {
                 continue;
             }
             let mut attachment = Attachment {
@@ -218,47 +264,37 @@ pub fn resolve(checked: &Checked, instance: &str) -> Result<Intent, ResolveError
                 if group.inner_access() == InnerAccess::Accept {
                     attachment.inner.push(Peer::Group(group.name.clone()).to_string());
                 }
-                attachment.ingress.extend(rules_of(checked, group, Direction::Ingress));
-                attachment.egress.extend(rules_of(checked, group, Direction::Egress));
+                if let Some([ingress, egress]) = self.rules.get(group.name.as_str()) {
+                    attachment.ingress.extend_from_slice(ingress);
+                    attachment.egress.extend_from_slice(egress);
+                }
             }
-            for direction in Direction::BOTH {
-                let rules = match direction {
-                    Direction::Ingress => &mut attachment.ingress,
-                    Direction::Egress => &mut attachment.egress,
-                };
+            for rules in [&mut attachment.ingress, &mut attachment.egress] {
                 // Priority, then drop before accept. The sort is stable: what ties stays in the order of groups and
                 // of rules as written, so that every evaluator names the same rule.
                 rules.sort_by_key(|rule| (rule.priority, rule.policy));
                 let mut seen = BTreeSet::new();
                 rules.retain(|rule| seen.insert(rule.id.clone()));
             }
-            let named = attachment.ingress.iter().chain(&attachment.egress).filter_map(|rule| match &rule.peer {
-                IntentPeer::Set(name) => Some(name),
-                IntentPeer::Prefix(_) => None,
-            });
-            for name in named.chain(&attachment.inner) {
-                if !sets.contains_key(name) {
-                    sets.insert(name.clone(), set_members(checked, name));
-                }
-            }
             attachments.push(attachment);
         }
+        let settings = &spec.settings;
+        Ok(Intent {
+            on_deny: settings.on_deny,
+            session_idle_s: settings.session_idle_s,
+            service_prefixes: settings.service_prefixes.clone(),
+            block_outbound_smtp: settings.block_outbound_smtp,
+            flow_log_per_s: settings.flow_log_per_s,
+            elements_max: settings.limits.elements_per_interface,
+            attachments,
+            ..Intent::empty(instance)
+        })
     }
-    let settings = &spec.settings;
-    Ok(Intent {
-        on_deny: settings.on_deny,
-        session_idle_s: settings.session_idle_s,
-        service_prefixes: settings.service_prefixes.clone(),
-        block_outbound_smtp: settings.block_outbound_smtp,
-        flow_log_per_s: settings.flow_log_per_s,
-        elements_max: settings.limits.elements_per_interface,
-        attachments,
-        sets,
-        ..Intent::empty(instance)
-    })
 }
 
-pub(crate) fn set_members(checked: &Checked, name: &str) -> Vec<Prefix> {
+/// The members of a set by its name, sorted, without repeats. A name that leads nowhere has none.
+#[must_use]
+pub fn set_members(checked: &Checked, name: &str) -> Vec<Prefix> {
     let mut members: Vec<Prefix> = if let Some(group) = name.strip_prefix("group:") {
         checked.addresses_of(group).iter().copied().map(Prefix::host).collect()
     } else {
@@ -311,6 +347,17 @@ impl Intent {
             attachments: Vec::new(),
             sets: BTreeMap::new(),
         }
+    }
+
+    /// The sets that rules name, sorted.
+    #[must_use]
+    pub fn set_names(&self) -> BTreeSet<String> {
+        let rules = self.attachments.iter().flat_map(|a| a.ingress.iter().chain(&a.egress));
+        let named = rules.filter_map(|rule| match &rule.peer {
+            IntentPeer::Set(name) => Some(name.clone()),
+            IntentPeer::Prefix(_) => None,
+        });
+        named.chain(self.attachments.iter().flat_map(|a| a.inner.iter().cloned())).collect()
     }
 
     /// Reads an intent that came from a file or a socket.

@@ -1,0 +1,3 @@
+//! keepwalld: the control plane.
+
+fn main() {}

@@ -1,0 +1,14 @@
+//! The control plane: API, agents, controller.
+//!
+//! ```text
+//!  people, tools ──▶ api ──▶ auth ──▶ fleet ──▶ store ◀── other servers
+//!                                       ▲
+//!  instances ──────▶ agents ────────────┘
+//! ```
+
+pub mod agents;
+pub mod api;
+pub mod auth;
+pub mod ca;
+pub mod fleet;
+pub mod seal;

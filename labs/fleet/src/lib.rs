@@ -1,0 +1,1 @@
+//! Fleets on one machine: benches, kills, cuts.

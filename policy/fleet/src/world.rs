@@ -1,0 +1,307 @@
+//! One posture and everybody who enrolled, resolved for each machine.
+//!
+//! An instance is declared in the posture, or it enrolled with labels and addresses that its token allowed; both are
+//! members of groups in the same way. Where a name is in both, the posture's word counts.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use keepwall_core::{Place, Prefix};
+use keepwall_secgroup::check::{Checked, Problem, check};
+use keepwall_secgroup::intent::{Intent, Resolver, set_members};
+use keepwall_secgroup::spec::{Instance, Interface, Spec};
+
+use crate::bundle::{self, Bundle, Change, Digest};
+
+/// A machine that came by a token.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Enrolled {
+    /// Its name.
+    pub name: String,
+    /// What groups select it by.
+    pub labels: BTreeMap<String, String>,
+    /// Interface, device, private addresses.
+    pub interfaces: Vec<(String, String, Vec<IpAddr>)>,
+}
+
+/// What each machine enforces.
+#[derive(Debug)]
+pub struct World {
+    checked: Checked,
+    resolver: Resolver,
+    print: Arc<Print>,
+    /// Enrolled machines that break a rule of the posture, a quota for instance, and why. They are told nothing new.
+    held_out: Vec<(String, String)>,
+}
+
+/// The digests of a world, and its sets: enough to tell what changed since.
+#[derive(Debug, Default)]
+pub struct Print {
+    instances: HashMap<String, Entry>,
+    sets: HashMap<Arc<str>, (Arc<[Prefix]>, Digest)>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    rules: Digest,
+    digest: Digest,
+    /// In the order of their names; shared between machines that name the same.
+    sets: Arc<[Arc<str>]>,
+}
+
+/// As many enrolled machines are held out one by one, the newest first, before the posture itself is blamed.
+const HELD_OUT_TRIES: usize = 64;
+
+impl World {
+    /// Resolves a posture for everybody.
+    ///
+    /// # Errors
+    /// The posture does not hold, whoever enrolled.
+    pub fn build(spec: &Spec, enrolled: &[Enrolled]) -> Result<World, Vec<Problem>> {
+        let declared: HashSet<&str> = spec.instances.iter().map(|i| i.name.as_str()).collect();
+        let mut present: Vec<&Enrolled> = enrolled.iter().filter(|e| !declared.contains(e.name.as_str())).collect();
+        let mut held_out = Vec::new();
+        for _ in 0..HELD_OUT_TRIES {
+            match check(with(spec, &present)) {
+                Ok(checked) => {
+                    return Ok(World::of(checked, held_out));
+                }
+                Err(problems) => {
+                    let blamed = |e: &Enrolled| {
+                        let file = place(&e.name).file;
+                        problems.iter().find(|p| p.place.file == file).map(|p| p.message.clone())
+                    };
+                    let before = present.len();
+                    present.retain(|e| match blamed(e) {
+                        Some(why) => {
+                            held_out.push((e.name.clone(), why));
+                            false
+                        }
+                        None => true,
+                    });
+                    if present.len() == before {
+                        let Some(newest) = present.pop() else { return Err(problems) };
+                        let why = problems.first().map(|p| p.message.clone()).unwrap_or_default();
+                        held_out.push((newest.name.clone(), why));
+                    }
+                }
+            }
+        }
+        let checked = check(spec.clone())?;
+        held_out
+            .extend(present.iter().map(|e| (e.name.clone(), "too many machines break the posture's limits".into())));
+        Ok(World::of(checked, held_out))
+    }
+
+    fn of(checked: Checked, held_out: Vec<(String, String)>) -> World {
+        let resolver = Resolver::new(&checked);
+        let print = Arc::new(Print::of(&checked, &resolver));
+        World { checked, resolver, print, held_out }
+    }
+
+    /// The posture with everybody in it.
+    #[must_use]
+    pub fn checked(&self) -> &Checked {
+        &self.checked
+    }
+
+    /// Its digests.
+    #[must_use]
+    pub fn print(&self) -> &Arc<Print> {
+        &self.print
+    }
+
+    /// Enrolled machines that are not in it, and why.
+    #[must_use]
+    pub fn held_out(&self) -> &[(String, String)] {
+        &self.held_out
+    }
+
+    /// Everything for one machine; `None` if there is no such machine.
+    #[must_use]
+    pub fn bundle(&self, instance: &str) -> Option<Bundle> {
+        let rules = self.resolver.without_sets(&self.checked, instance).ok()?;
+        let sets = self.print.instances.get(instance)?.sets.iter();
+        let sets = sets.map(|name| (name.to_string(), self.print.sets[name].0.to_vec())).collect();
+        Bundle::from_parts(json(&rules), sets).ok()
+    }
+
+    /// What one machine enforces, as a whole.
+    #[must_use]
+    pub fn intent(&self, instance: &str) -> Option<Intent> {
+        self.resolver.resolve(&self.checked, instance).ok()
+    }
+
+    /// What leads a machine that holds `base` of an earlier world to this one. The change of a machine whose rules
+    /// stay has a key by which machines share it. `None` if that world knew nothing of `base`.
+    #[must_use]
+    pub fn change(&self, instance: &str, base: &Digest, before: &Print) -> Option<Shared> {
+        let (new, old) = (self.print.instances.get(instance)?, before.instances.get(instance)?);
+        if old.digest != *base {
+            return None;
+        }
+        let rules =
+            (new.rules != old.rules).then(|| self.resolver.without_sets(&self.checked, instance).ok()).flatten();
+        if new.rules != old.rules && rules.is_none() {
+            return None;
+        }
+        let none: Arc<[Prefix]> = Arc::new([]);
+        let changed: Vec<&Arc<str>> = (new.sets.iter())
+            .filter(|name| {
+                before.sets.get(*name).map(|(_, digest)| digest) != Some(&self.print.sets[*name].1)
+                    || !old.sets.contains(name)
+            })
+            .collect();
+        let gone: Vec<&Arc<str>> = old.sets.iter().filter(|name| !new.sets.contains(name)).collect();
+        let key = rules.is_none().then(|| {
+            let parts = changed.iter().map(|n| ('~', n)).chain(gone.iter().map(|n| ('-', n)));
+            // What this machine had of a set before matters as well: it may have had none of it.
+            parts.map(|(sign, name)| format!("{sign}{}{name}\n", u8::from(old.sets.contains(*name)))).collect()
+        });
+        let sets = || {
+            let set = |name: &&Arc<str>| {
+                let had =
+                    if old.sets.contains(*name) { before.sets.get(*name).map_or(&none, |(m, _)| m) } else { &none };
+                bundle::between(name, had, &self.print.sets[*name].0)
+            };
+            changed.iter().map(set).collect()
+        };
+        Some(Shared {
+            key,
+            change: Change {
+                rules: rules.map(|rules| json(&rules)),
+                sets: sets(),
+                gone: gone.iter().map(|name| name.to_string()).collect(),
+            },
+        })
+    }
+}
+
+/// A change, and by which key it is the same for others.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shared {
+    /// `None` if it is this machine's alone.
+    pub key: Option<String>,
+    /// What changes.
+    pub change: Change,
+}
+
+impl Print {
+    fn of(checked: &Checked, resolver: &Resolver) -> Print {
+        let mut out = Print::default();
+        let mut lists: HashSet<Arc<[Arc<str>]>> = HashSet::new();
+        for instance in &checked.spec().instances {
+            let Ok(intent) = resolver.without_sets(checked, &instance.name) else { continue };
+            let mut names: Vec<Arc<str>> = Vec::new();
+            for name in intent.set_names() {
+                let name = match out.sets.get_key_value(name.as_str()) {
+                    Some((name, _)) => Arc::clone(name),
+                    None => {
+                        let members: Arc<[Prefix]> = set_members(checked, &name).into();
+                        let digest = bundle::set_digest(&members);
+                        let name: Arc<str> = name.into();
+                        out.sets.insert(Arc::clone(&name), (members, digest));
+                        name
+                    }
+                };
+                names.push(name);
+            }
+            let names: Arc<[Arc<str>]> = names.into();
+            let names = match lists.get(&names) {
+                Some(known) => Arc::clone(known),
+                None => {
+                    lists.insert(Arc::clone(&names));
+                    names
+                }
+            };
+            let rules = bundle::rules_digest(&json(&intent));
+            let digest = bundle::digest_of(&rules, names.iter().map(|name| (&**name, &out.sets[name].1)));
+            out.instances.insert(instance.name.clone(), Entry { rules, digest, sets: names });
+        }
+        out
+    }
+
+    /// The digest of what a machine enforces in this world.
+    #[must_use]
+    pub fn digest(&self, instance: &str) -> Option<Digest> {
+        self.instances.get(instance).map(|entry| entry.digest)
+    }
+
+    /// Machines that enforce something else in the other world, or are in one of them only; sorted.
+    #[must_use]
+    pub fn differing(&self, other: &Print) -> Vec<String> {
+        let mut out: Vec<String> = (self.instances.iter())
+            .filter(|(name, entry)| other.digest(name) != Some(entry.digest))
+            .map(|(name, _)| name.clone())
+            .chain(other.instances.keys().filter(|name| !self.instances.contains_key(*name)).cloned())
+            .collect();
+        out.sort();
+        out
+    }
+}
+
+fn json(intent: &Intent) -> Vec<u8> {
+    serde_json::to_vec(intent).expect("an intent is JSON")
+}
+
+/// Where an enrolled machine stands, for problems.
+fn place(name: &str) -> Place {
+    Place::new(&format!("instance {name} (enrolled)").into(), 1, 1)
+}
+
+fn with(spec: &Spec, enrolled: &[&Enrolled]) -> Spec {
+    let mut spec = spec.clone();
+    spec.instances.extend(enrolled.iter().map(|e| {
+        let place = place(&e.name);
+        Instance {
+            name: e.name.clone(),
+            labels: e.labels.clone(),
+            interfaces: (e.interfaces.iter())
+                .map(|(name, device, addresses)| Interface {
+                    name: name.clone(),
+                    place: place.clone(),
+                    device: device.clone(),
+                    host: None,
+                    addresses: addresses.clone(),
+                    public: Vec::new(),
+                    mac: None,
+                    groups: Vec::new(),
+                })
+                .collect(),
+            place,
+        }
+    }));
+    spec
+}
+
+/// A smaller fleet in which each kind of machine stands twice: for questions whose cost grows with the square of the
+/// fleet. Machines are of one kind if their interfaces are in the same groups; machines that a test names stay.
+/// `None` if it would not be smaller than `instances_max`, or need not be.
+///
+/// What is lost: a rule that names one machine's address is asked about only if that machine stayed.
+#[must_use]
+pub fn representatives(checked: &Checked, instances_max: usize) -> Option<Checked> {
+    let spec = checked.spec();
+    if spec.instances.len() <= instances_max {
+        return None;
+    }
+    let named: HashSet<String> = spec.tests.iter().flat_map(|t| [t.from.to_string(), t.to.to_string()]).collect();
+    let hosts: HashSet<&str> =
+        spec.instances.iter().flat_map(|i| &i.interfaces).filter_map(|n| Some(n.host.as_ref()?.name.as_str())).collect();
+    let mut kinds: HashMap<Vec<Vec<&str>>, u8> = HashMap::new();
+    let mut small = spec.clone();
+    let mut keep = Vec::with_capacity(spec.instances.len());
+    for (i, instance) in spec.instances.iter().enumerate() {
+        let groups = |n| checked.groups_of(i, n).map(|g| g.name.as_str()).collect();
+        let seen = kinds.entry((0..instance.interfaces.len()).map(groups).collect()).or_default();
+        *seen = seen.saturating_add(1);
+        keep.push(*seen <= 2 || named.contains(&instance.name) || hosts.contains(instance.name.as_str()));
+    }
+    let mut keep = keep.into_iter();
+    small.instances.retain(|_| keep.next().unwrap_or(false));
+    if small.instances.len() > instances_max {
+        return None;
+    }
+    check(small).ok()
+}
