@@ -207,6 +207,7 @@ fn seed() -> Result<(), String> {
                     confirm_within_s: Some(60),
                     danger_cut_session: false,
                     note: "seed".into(),
+                    fleet: None,
                 };
                 put("link", &name, &frame(Request::Apply(Box::new(apply)))?)?;
                 if let Some(bytes) = lower(&intent, "g1").ok().and_then(|lowered| encoded(&lowered.table)) {

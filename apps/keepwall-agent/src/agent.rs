@@ -1,7 +1,7 @@
 //! What the agent does, one request at a time; all state is here, and on disk before it is in the kernel.
 //!
 //! ```text
-//! apply:   pending on disk ▶ watchdog started ▶ kernel ▶ sessions ▶ answer
+//! apply:   (tried on disk ▶) pending on disk ▶ watchdog started ▶ kernel ▶ sessions ▶ answer
 //! confirm: confirmed on disk ▶ pending gone
 //! revert:  confirmed into the kernel ▶ pending gone
 //! start:   pending of this boot and in time? resume it : confirmed into the kernel
@@ -12,10 +12,13 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use keepwall_core::Generation;
+use keepwall_host::door::Door;
 use keepwall_host::peer::Peer;
 use keepwall_host::state::{LockError, StateDir};
 use keepwall_host::{clock, process};
-use keepwall_link::{Applied, Apply, AttachmentStatus, Counters, Drift, ForeignDrop, Refused, Status};
+use keepwall_link::{
+    Applied, Apply, AttachmentStatus, Counters, Drift, FleetState, ForeignDrop, Mark, Refused, Request, Status,
+};
 use keepwall_secgroup::intent::Intent;
 use keepwall_secgroup::judge::probes;
 use keepwall_secgroup::spec::OnDeny;
@@ -23,6 +26,7 @@ use keepwall_sensors::interfaces::{self, Interface};
 use keepwall_sensors::sessions;
 
 use crate::enforce::{Change, Enforcer};
+use crate::fleet::{self, Binding};
 use crate::log;
 use crate::record::{self, Pending, Record};
 
@@ -37,13 +41,14 @@ pub(crate) struct Agent {
     enforcer: Enforcer,
     confirmed: Option<Record>,
     pending: Option<Pending>,
+    binding: Option<Binding>,
     drift: Drift,
     repairs: u64,
     started: Instant,
     boot: String,
 }
 
-fn refused(code: &str, message: impl Into<String>, help: impl Into<String>) -> Refused {
+pub(crate) fn refused(code: &str, message: impl Into<String>, help: impl Into<String>) -> Refused {
     Refused { code: code.into(), message: message.into(), help: help.into() }
 }
 
@@ -159,14 +164,26 @@ impl Agent {
                 state.path().display()
             )
         })?;
-        // An unconfirmed state that cannot be read is as good as reverted.
+        // Without it nobody knows which decision of a control plane is the newest.
+        let binding = record::binding(state.path()).map_err(|error| {
+            format!(
+                "{error}. What the kernel enforces stays in force; remove the file, and enrol again (`keepwall leave`, `keepwall enroll`)"
+            )
+        })?;
+        // An unconfirmed state that cannot be read is as good as reverted; one that is the confirmed state was
+        // confirmed just before an end.
         let pending = record::pending(state.path()).unwrap_or_default();
+        let pending = pending.filter(|p| confirmed.as_ref() != Some(&p.record));
+        if pending.is_none() {
+            record::clear_pending(&state).map_err(|error| format!("cannot use {}: {error}", state.path().display()))?;
+        }
         let mut agent = Agent {
             state,
             socket: socket.to_owned(),
             enforcer,
             confirmed,
             pending,
+            binding,
             drift: Drift::NoTable,
             repairs: 0,
             started: Instant::now(),
@@ -214,6 +231,109 @@ impl Agent {
         of(self.pending.as_ref().map(|p| &p.record)).max(of(self.confirmed.as_ref()))
     }
 
+    /// Whether `uid` may ask this now.
+    pub(crate) fn may_ask(&self, uid: u32, request: &Request) -> Result<(), Refused> {
+        fleet::may_ask(uid, self.binding.as_ref(), self.pending.as_ref().map(|p| p.record.fleet), request)
+    }
+
+    /// True for the user that hands on what a control plane decides.
+    pub(crate) fn is_bound_to(&self, uid: u32) -> bool {
+        self.binding.as_ref().is_some_and(|binding| binding.uid == uid)
+    }
+
+    /// Lets in at the socket whom the machine is bound to.
+    pub(crate) fn admit(&self) {
+        let uid = self.binding.as_ref().map_or(0, |binding| binding.uid);
+        if let Err(error) = Door::admit(&self.socket, uid) {
+            log(format!("user {uid} cannot be let in at {}: {error}", self.socket.display()));
+        }
+    }
+
+    pub(crate) fn bind(&mut self, instance: String, server: String, uid: u32) -> Result<String, Refused> {
+        let mut binding = Binding::new(instance, server, uid)?;
+        match &self.binding {
+            Some(old) if (&old.instance, &old.server) == (&binding.instance, &binding.server) => {
+                binding.tried = old.tried;
+            }
+            Some(old) => {
+                return Err(refused(
+                    "bound",
+                    format!("this machine is bound to {} already, as {}", old.server, old.instance),
+                    "take it out of that fleet first: keepwall leave",
+                ));
+            }
+            None => {
+                if let Some(pending) = &self.pending {
+                    return Err(refused(
+                        "pending",
+                        format!("{} still waits for its confirmation", pending.record.generation),
+                        "confirm it (`keepwall confirm`) or take it back (`keepwall revert`) first",
+                    ));
+                }
+                // What an earlier control plane decided is not this one's.
+                if let Some(record) = self.confirmed.as_ref().filter(|record| record.fleet.is_some()) {
+                    let record = Record { fleet: None, ..record.clone() };
+                    record::write_confirmed(&self.state, &record).map_err(disk)?;
+                    self.confirmed = Some(record);
+                }
+            }
+        }
+        record::write_binding(&self.state, &binding).map_err(disk)?;
+        let done = format!("this machine is bound to {} as {}", binding.server, binding.instance);
+        log(&done);
+        self.binding = Some(binding);
+        self.admit();
+        Ok(done)
+    }
+
+    pub(crate) fn unbind(&mut self) -> Result<String, Refused> {
+        let Some(binding) = &self.binding else { return Ok("this machine was not bound".to_owned()) };
+        let done = format!("this machine is no longer bound to {}", binding.server);
+        // Who could have confirmed it is gone.
+        if self.pending.as_ref().is_some_and(|pending| pending.record.fleet.is_some()) {
+            self.revert("the machine leaves the fleet").map_err(kernel)?;
+        }
+        record::clear_binding(&self.state).map_err(disk)?;
+        self.binding = None;
+        self.admit();
+        log(&done);
+        Ok(done)
+    }
+
+    pub(crate) fn fleet(&self) -> Result<FleetState, Refused> {
+        let Some(binding) = &self.binding else {
+            return Err(refused("not-bound", "this machine is in no fleet", "keepwall enroll TOKEN"));
+        };
+        let held = self.confirmed.as_ref().filter(|record| record.fleet.is_some());
+        Ok(FleetState {
+            instance: binding.instance.clone(),
+            server: binding.server.clone(),
+            held: held.and_then(|record| record.fleet).unwrap_or_default(),
+            tried: binding.tried,
+            intent: held.map(|record| Box::new(record.intent.clone())),
+        })
+    }
+
+    /// Whether the control plane or, without one, root may put this in force.
+    fn takes(&self, apply: &Apply) -> Result<(), Refused> {
+        match (&self.binding, &apply.fleet) {
+            (Some(binding), Some(mark)) => binding.takes(mark, apply),
+            (Some(binding), None) => Err(fleet::only_from(&binding.server)),
+            (None, Some(_)) => Err(refused("not-bound", "this machine is in no fleet", "keepwall enroll TOKEN")),
+            (None, None) => Ok(()),
+        }
+    }
+
+    /// From now on this decision counts as begun, whatever becomes of it.
+    fn begin(&mut self, mark: Mark) -> Result<(), Refused> {
+        if let Some(binding) = self.binding.as_mut().filter(|binding| binding.tried != mark) {
+            let begun = Binding { tried: mark, ..binding.clone() };
+            record::write_binding(&self.state, &begun).map_err(disk)?;
+            *binding = begun;
+        }
+        Ok(())
+    }
+
     pub(crate) fn intent(&self) -> Option<&Intent> {
         self.enforcer.intent()
     }
@@ -237,7 +357,9 @@ impl Agent {
             pending: self.pending.as_ref().map(|p| keepwall_link::Pending {
                 generation: p.record.generation,
                 left_ms: p.left_ms(clock::now_ms(), &self.boot),
+                fleet: p.record.fleet,
             }),
+            server: self.binding.as_ref().map(|binding| binding.server.clone()),
             attachments: (intent.into_iter().flat_map(|i| &i.attachments))
                 .map(|a| AttachmentStatus {
                     name: a.name.clone(),
@@ -261,6 +383,7 @@ impl Agent {
     pub(crate) fn apply(&mut self, apply: Apply, peer: &Peer) -> Result<Applied, Refused> {
         let bad = |why: String| refused("bad-request", why, "nothing was changed");
         apply.intent.validate().map_err(bad)?;
+        self.takes(&apply)?;
         if apply.note.len() > NOTE_BYTES_MAX {
             return Err(bad(format!("the note is longer than {NOTE_BYTES_MAX} bytes")));
         }
@@ -293,9 +416,12 @@ impl Agent {
         let mut warnings = self.lock_out(&apply, peer, &interfaces)?;
         warnings.extend(unseen(&apply.intent, &interfaces));
 
+        if let Some(mark) = apply.fleet {
+            self.begin(mark)?;
+        }
         let generation = self.generation().max(record::highest(self.state.path())).next();
         record::write_highest(&self.state, generation).map_err(disk)?;
-        let record = Record { generation, intent: apply.intent, note: apply.note };
+        let record = Record { generation, intent: apply.intent, note: apply.note, fleet: apply.fleet };
         let before = self.enforcer.intent().cloned();
         match apply.confirm_within_s {
             Some(seconds) => {
@@ -345,6 +471,11 @@ impl Agent {
             record.generation,
             if record.note.is_empty() { "no note" } else { &record.note }
         ));
+        // Nothing reached the kernel, so there is nothing to prove.
+        let confirmed = record.fleet.is_some() && matches!(change, Change::Unchanged);
+        if confirmed {
+            self.keep(record.clone())?;
+        }
         Ok(Applied {
             generation: record.generation,
             outcome: match change {
@@ -354,15 +485,17 @@ impl Agent {
             }
             .to_owned(),
             sessions_cut,
-            confirm_within_s: apply.confirm_within_s,
+            confirm_within_s: apply.confirm_within_s.filter(|_| !confirmed),
+            confirmed,
             warnings,
         })
     }
 
-    /// Refuses what would keep the operator from coming back in the way they came; warns about other sessions.
+    /// Refuses what would keep the operator from coming back in the way they came; warns about other sessions. A
+    /// control plane came by no session, so there it warns about all: what cuts the uplink off is taken back.
     fn lock_out(&self, apply: &Apply, peer: &Peer, interfaces: &[Interface]) -> Result<Vec<String>, Refused> {
         let mut warnings = Vec::new();
-        let own = sessions::of_process(peer.pid);
+        let own = if apply.fleet.is_some() { None } else { sessions::of_process(peer.pid) };
         if let Some(session) = &own
             && let Some(verdict) = crate::packet::refuses(&apply.intent, interfaces, session)
         {
@@ -419,7 +552,7 @@ impl Agent {
             .arg(&self.socket)
             .stdin(Stdio::null())
             .stdout(Stdio::null());
-        process::spawn_detached(&mut command)
+        process::spawn_detached(&mut command).map(|_| ())
     }
 
     pub(crate) fn confirm(
@@ -438,7 +571,9 @@ impl Agent {
                 "see `keepwall status`",
             ));
         }
-        let session = sessions::of_process(peer.pid);
+        // The uplink has proved a new connection of its own: the one to the control plane.
+        let uplink = self.is_bound_to(peer.uid);
+        let session = if uplink { None } else { sessions::of_process(peer.pid) };
         if let Some(session) = &session
             && pending.sessions.contains(session)
             && !danger_same_session
@@ -452,16 +587,21 @@ impl Agent {
                 "open a second session and run `keepwall confirm` there",
             ));
         }
-        let record = pending.record.clone();
-        record::write_confirmed(&self.state, &record).map_err(disk)?;
-        self.confirmed = Some(record);
-        self.pending = None;
-        record::clear_pending(&self.state).map_err(disk)?;
+        self.keep(pending.record.clone())?;
         log(format!("confirmed {generation}"));
         Ok(match session {
             Some(session) => format!("{generation} is confirmed by a new session from {}", session.remote.ip()),
+            None if uplink => format!("{generation} is confirmed by a new connection to the control plane"),
             None => format!("{generation} is confirmed from this machine's own console"),
         })
+    }
+
+    /// What is in force is what a restart comes back to.
+    fn keep(&mut self, record: Record) -> Result<(), Refused> {
+        record::write_confirmed(&self.state, &record).map_err(disk)?;
+        self.confirmed = Some(record);
+        self.pending = None;
+        record::clear_pending(&self.state).map_err(disk)
     }
 
     /// Back to the last confirmed state.
@@ -499,6 +639,9 @@ impl Agent {
     }
 
     pub(crate) fn remove(&mut self) -> Result<String, Refused> {
+        if let Some(binding) = &self.binding {
+            return Err(fleet::only_from(&binding.server));
+        }
         record::clear_pending(&self.state).map_err(disk)?;
         record::clear_confirmed(&self.state).map_err(disk)?;
         (self.pending, self.confirmed) = (None, None);

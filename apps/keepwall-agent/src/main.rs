@@ -6,11 +6,13 @@
 //! keepwall-agent watchdog  revert an unconfirmed change if the agent does not (started by the agent itself)
 //! ```
 //!
-//! It parses no posture and no YAML: it takes resolved intents from root, over a local socket.
+//! It parses no posture and no YAML: it takes resolved intents over a local socket, from root, or on a machine that is
+//! bound to a control plane from the one user that hands on what that decides (see `fleet`).
 
 mod agent;
 mod cut;
 mod enforce;
+mod fleet;
 mod packet;
 mod record;
 mod serve;

@@ -5,13 +5,17 @@ use std::path::Path;
 
 use keepwall_core::Generation;
 use keepwall_host::state::{self, StateDir};
+use keepwall_link::Mark;
 use keepwall_secgroup::intent::Intent;
 use keepwall_sensors::sessions::Session;
 use serde::{Deserialize, Serialize};
 
+use crate::fleet::Binding;
+
 const CONFIRMED: &str = "confirmed.json";
 const PENDING: &str = "pending.json";
 const GENERATION: &str = "generation";
+const FLEET: &str = "fleet.json";
 
 /// A state that was applied.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,6 +27,9 @@ pub(crate) struct Record {
     pub(crate) intent: Intent,
     /// Who asked for it and why.
     pub(crate) note: String,
+    /// The control plane's decision that it is, if it is one of the control plane that the machine is bound to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) fleet: Option<Mark>,
 }
 
 /// A state that nobody has confirmed.
@@ -97,4 +104,16 @@ pub(crate) fn highest(path: &Path) -> Generation {
 
 pub(crate) fn write_highest(state: &StateDir, generation: Generation) -> io::Result<()> {
     state.write(GENERATION, generation.0.to_string().as_bytes())
+}
+
+pub(crate) fn binding(path: &Path) -> io::Result<Option<Binding>> {
+    parse(FLEET, state::read(path, FLEET)?)
+}
+
+pub(crate) fn write_binding(state: &StateDir, binding: &Binding) -> io::Result<()> {
+    state.write(FLEET, &serde_json::to_vec(binding)?)
+}
+
+pub(crate) fn clear_binding(state: &StateDir) -> io::Result<()> {
+    state.remove(FLEET)
 }

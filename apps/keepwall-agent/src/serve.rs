@@ -44,6 +44,7 @@ pub(crate) fn run(state: &Path, socket: &Path) -> Result<(), String> {
     let agent = Agent::start(state, socket)?;
     let door = Door::open(socket).map_err(|error| format!("cannot listen at {}: {error}", socket.display()))?;
     log(format!("listening at {}", socket.display()));
+    agent.admit();
     let shared: Shared = Arc::new(Mutex::new(agent));
     let of_ticker = Arc::clone(&shared);
     spawn("ticker", move || tick(&of_ticker))?;
@@ -141,8 +142,8 @@ fn watch(shared: &Shared) {
 }
 
 fn serve(mut stream: UnixStream, peer: &Peer, shared: &Shared) {
-    let root = peer.uid == 0;
-    let max = if root { FRAME_BYTES_MAX } else { FRAME_BYTES_MAX_UNPRIVILEGED };
+    let trusted = peer.uid == 0 || hold(shared).is_bound_to(peer.uid);
+    let max = if trusted { FRAME_BYTES_MAX } else { FRAME_BYTES_MAX_UNPRIVILEGED };
     if stream.set_read_timeout(Some(REQUEST_PATIENCE)).is_err()
         || stream.set_write_timeout(Some(REQUEST_PATIENCE)).is_err()
     {
@@ -161,14 +162,30 @@ fn serve(mut stream: UnixStream, peer: &Peer, shared: &Shared) {
             format!("this agent speaks version {VERSION} of the local protocol, not {}", envelope.version),
             "install the same version of keepwall and keepwall-agent",
         ),
-        Ok(envelope) if envelope.request.needs_root() && !root => {
-            refusal("not-root", "only root may ask this of the agent".into(), "run this as root (sudo keepwall …)")
+        Ok(Envelope { request, .. }) => {
+            let agent = hold(shared);
+            match (agent.may_ask(peer.uid, &request), request) {
+                (Err(refused), _) => Response::Refused(refused),
+                (Ok(()), Request::Flows) => {
+                    drop(agent);
+                    return stream::flows(stream, shared);
+                }
+                (Ok(()), Request::Trace(filter)) => {
+                    drop(agent);
+                    return stream::trace(stream, shared, &filter);
+                }
+                // These ask the kernel only; the agent's state is not held meanwhile.
+                (Ok(()), Request::Sessions) => {
+                    drop(agent);
+                    sessions(shared)
+                }
+                (Ok(()), Request::Published) => {
+                    drop(agent);
+                    ports()
+                }
+                (Ok(()), request) => answer(request, peer, agent),
+            }
         }
-        Ok(envelope) => match envelope.request {
-            Request::Flows => return stream::flows(stream, shared),
-            Request::Trace(filter) => return stream::trace(stream, shared, &filter),
-            request => answer(request, peer, shared),
-        },
     };
     // Whoever asked may be gone by now.
     let _ = write_frame(&mut stream, &response);
@@ -178,24 +195,22 @@ fn published(of: keepwall_nft::Published) -> keepwall_link::Published {
     keepwall_link::Published { protocol: of.protocol, port: of.port, address: of.address, target: of.target, by: of.by }
 }
 
-fn answer(request: Request, peer: &Peer, shared: &Shared) -> Response {
-    if let Request::Sessions = request {
-        // Asks the kernel only; the agent's state is not held meanwhile.
-        return match stream::sessions(shared) {
-            Ok(flows) => Response::Sessions(flows),
-            Err(message) => Response::Refused(Refused { code: "kernel".into(), message, help: String::new() }),
-        };
+fn no(message: String) -> Response {
+    Response::Refused(Refused { code: "kernel".into(), message, help: String::new() })
+}
+
+fn sessions(shared: &Shared) -> Response {
+    stream::sessions(shared).map_or_else(no, Response::Sessions)
+}
+
+fn ports() -> Response {
+    match keepwall_nft::published() {
+        Ok(all) => Response::Published(all.into_iter().map(published).collect()),
+        Err(error) => no(crate::enforce::chain(&error)),
     }
-    if let Request::Published = request {
-        return match keepwall_nft::published() {
-            Ok(all) => Response::Published(all.into_iter().map(published).collect()),
-            Err(error) => {
-                let message = crate::enforce::chain(&error);
-                Response::Refused(Refused { code: "kernel".into(), message, help: String::new() })
-            }
-        };
-    }
-    let mut agent = hold(shared);
+}
+
+fn answer(request: Request, peer: &Peer, mut agent: MutexGuard<'_, Agent>) -> Response {
     let done = match request {
         Request::Status => Ok(Response::Status(Box::new(agent.status()))),
         Request::Intent => Ok(Response::Intent(agent.intent().cloned().map(Box::new))),
@@ -205,6 +220,9 @@ fn answer(request: Request, peer: &Peer, shared: &Shared) -> Response {
         }
         Request::Revert { generation } => agent.revert_to_confirmed(generation).map(Response::Done),
         Request::Remove => agent.remove().map(Response::Done),
+        Request::Bind { instance, server, uid } => agent.bind(instance, server, uid).map(Response::Done),
+        Request::Unbind => agent.unbind().map(Response::Done),
+        Request::Fleet => agent.fleet().map(Response::Fleet),
         Request::Counters => agent.counters().map(Response::Counters),
         Request::Foreign => agent.foreign().map(Response::Foreign),
         Request::Verify => agent.verify().map(Response::Verified),

@@ -274,6 +274,7 @@ fn move_places(context: &Context, intent: Intent, base: Generation) -> Result<()
         confirm_within_s: None,
         danger_cut_session: true,
         note: "rules moved within the file".into(),
+        fleet: None,
     }));
     match context.agent.ask(request)? {
         Response::Applied(_) => Ok(()),
@@ -387,6 +388,7 @@ pub fn apply(context: &Context, args: &cli::Apply) -> Result<u8, Failure> {
         confirm_within_s: (!args.danger_no_confirm).then_some(args.confirm_within),
         danger_cut_session: args.danger_cut_session,
         note: args.note.clone(),
+        fleet: None,
     }));
     let applied = match context.agent.ask(request)? {
         Response::Applied(applied) => applied,

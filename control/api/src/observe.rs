@@ -43,13 +43,8 @@ pub enum SeverityWord {
 
 impl SeverityWord {
     /// All, least first.
-    pub const ALL: [SeverityWord; 5] = [
-        SeverityWord::Info,
-        SeverityWord::Low,
-        SeverityWord::Medium,
-        SeverityWord::High,
-        SeverityWord::Critical,
-    ];
+    pub const ALL: [SeverityWord; 5] =
+        [SeverityWord::Info, SeverityWord::Low, SeverityWord::Medium, SeverityWord::High, SeverityWord::Critical];
 }
 
 /// A line of the audit log.

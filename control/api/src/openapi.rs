@@ -4,11 +4,9 @@ use std::collections::BTreeMap;
 
 use serde_json::{Map, Value, json};
 
-use crate::operations::{
-    Body, Gives, IDEMPOTENCY_KEY_MAX, Match, Operation, Param, ParamKind, Right, operations,
-};
-use crate::problem::{CODES, MEDIA_TYPE, Problem};
 use crate::BASE;
+use crate::operations::{Body, Gives, IDEMPOTENCY_KEY_MAX, Match, Operation, Param, ParamKind, Right, operations};
+use crate::problem::{CODES, MEDIA_TYPE, Problem};
 
 /// The document. The same for the same source: keys are sorted.
 #[must_use]

@@ -227,9 +227,7 @@ impl Operation {
     #[must_use]
     pub fn statuses(&self) -> Vec<u16> {
         let mut all = vec![self.status, 400, 500, 503];
-        if self.right != Right::Public {
-            all.extend([401, 403]);
-        } else if self.throttled {
+        if self.right != Right::Public || self.throttled {
             all.extend([401, 403]);
         }
         if self.path.contains('{') {

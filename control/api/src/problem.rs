@@ -177,4 +177,12 @@ mod tests {
         codes.dedup();
         assert_eq!(codes.len(), CODES.len());
     }
+
+    #[test]
+    fn the_manual_names_every_code() {
+        let manual = include_str!("../../../docs/api.md");
+        for code in CODES {
+            assert!(manual.contains(&format!("| `{}` | {} |", code.code, code.status)), "{}", code.code);
+        }
+    }
 }

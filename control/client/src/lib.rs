@@ -19,9 +19,9 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 pub use generated::*;
+use transport::Transport;
 pub use transport::{Live, LiveEvent};
 pub use trust::Trust;
-use transport::Transport;
 
 /// Why a call did not give what it should.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -194,9 +194,10 @@ impl Transport {
         let work = async {
             let answer = self.ask(request).await?;
             // The connection belongs to the stream from now on.
-            self.idle.borrow_mut().take().map_or_else(|| Err(unreachable("the connection ended")), |sender| {
-                Ok((answer, sender))
-            })
+            self.idle
+                .borrow_mut()
+                .take()
+                .map_or_else(|| Err(unreachable("the connection ended")), |sender| Ok((answer, sender)))
         };
         let late = |_| Error::Unreachable("the server did not answer in time".into());
         let (answer, sender) =

@@ -44,6 +44,19 @@ pub enum Request {
     Status,
     /// The intent in force. Root only: it names everybody's addresses.
     Intent,
+    /// From now on this machine is told by a control plane, through a process without privilege. Root only.
+    Bind {
+        /// This machine's name in the fleet.
+        instance: String,
+        /// `host:port` of the control plane.
+        server: String,
+        /// Who may hand on what the control plane decides, besides root; not root itself.
+        uid: u32,
+    },
+    /// The machine is its own again; what is enforced stays. Root only.
+    Unbind,
+    /// What the control plane has brought. Root and the bound user.
+    Fleet,
     /// Enforce this instead. Root only.
     Apply(Box<Apply>),
     /// What was applied works: keep it. Root only, and over a session opened since.
@@ -77,7 +90,7 @@ pub enum Request {
 }
 
 impl Request {
-    /// True if only root may ask it.
+    /// True if not everybody may ask it: only root, and part of it the user that the machine is bound to.
     #[must_use]
     pub fn needs_root(&self) -> bool {
         !matches!(self, Request::Status | Request::Counters)
@@ -98,6 +111,47 @@ pub struct Apply {
     pub danger_cut_session: bool,
     /// Who asked for it and why, for the status.
     pub note: String,
+    /// The control plane's decision that this is. Only on a bound machine, and there nothing else is taken.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fleet: Option<Mark>,
+}
+
+/// A decision of a control plane: when it was made, and the digest of what was decided.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Mark {
+    /// The control plane's generation; it is not the agent's own. 0 means that nothing was decided yet.
+    pub generation: u64,
+    /// SHA-256 of the bundle; 64 hex digits where it is written down.
+    #[serde(with = "hex")]
+    pub digest: [u8; 32],
+}
+
+impl std::fmt::Display for Mark {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "the fleet's generation {}", self.generation)
+    }
+}
+
+/// 32 bytes as 64 hex digits.
+mod hex {
+    use serde::{Deserialize as _, Deserializer, Serializer, de::Error as _};
+
+    pub(super) fn serialize<S: Serializer>(bytes: &[u8; 32], to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_str(&bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>())
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<[u8; 32], D::Error> {
+        let text = String::deserialize(from)?;
+        let mut out = [0; 32];
+        if text.len() != 64 || !text.bytes().all(|digit| digit.is_ascii_hexdigit()) {
+            return Err(D::Error::custom("a digest has 64 hex digits"));
+        }
+        for (n, byte) in out.iter_mut().enumerate() {
+            *byte = u8::from_str_radix(&text[n * 2..n * 2 + 2], 16).map_err(D::Error::custom)?;
+        }
+        Ok(out)
+    }
 }
 
 /// Which packets to trace.
@@ -126,9 +180,11 @@ pub enum Response {
     Status(Box<Status>),
     /// To `Intent`; `None` if nothing is enforced.
     Intent(Option<Box<Intent>>),
+    /// To `Fleet`.
+    Fleet(FleetState),
     /// To `Apply`.
     Applied(Applied),
-    /// To `Confirm`, `Revert`, `Remove`: done, in words.
+    /// To `Confirm`, `Revert`, `Remove`, `Bind`, `Unbind`: done, in words.
     Done(String),
     /// To `Counters`.
     Counters(Counters),
@@ -152,7 +208,8 @@ pub enum Response {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Refused {
     /// A stable word: `not-root`, `bad-request`, `state-moved`, `would-cut-session`, `too-large`, `kernel`,
-    /// `nothing-pending`, `same-session`, `busy`.
+    /// `nothing-pending`, `same-session`, `busy`, `pending`, `disk`, `watchdog`; about fleets `bound`, `not-bound`,
+    /// `other-instance`, `older`, `other-digest`.
     pub code: String,
     /// What is wrong.
     pub message: String,
@@ -179,6 +236,9 @@ pub struct Status {
     pub confirmed: Option<Generation>,
     /// What waits for a confirmation.
     pub pending: Option<Pending>,
+    /// The control plane that the machine is bound to, `host:port`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub server: Option<String>,
     /// Enforced interfaces: name, device, groups, and whether the device is there.
     pub attachments: Vec<AttachmentStatus>,
     /// The kernel against what it should hold.
@@ -196,6 +256,24 @@ pub struct Pending {
     pub generation: Generation,
     /// Until it reverts, in milliseconds.
     pub left_ms: u64,
+    /// The control plane's decision, if it is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fleet: Option<Mark>,
+}
+
+/// What a control plane has brought to this machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FleetState {
+    /// This machine's name in the fleet.
+    pub instance: String,
+    /// `host:port` of the control plane.
+    pub server: String,
+    /// What is confirmed; generation 0 if nothing of this control plane's is.
+    pub held: Mark,
+    /// The newest decision that was ever begun, confirmed or not.
+    pub tried: Mark,
+    /// What `held` stands for; `None` if that is generation 0.
+    pub intent: Option<Box<Intent>>,
 }
 
 /// One enforced interface.
@@ -240,6 +318,9 @@ pub struct Applied {
     pub sessions_cut: u64,
     /// Seconds until it reverts unless confirmed.
     pub confirm_within_s: Option<u32>,
+    /// True if it is confirmed already: nothing of the control plane's change reached the kernel, so it cuts nobody off.
+    #[serde(default)]
+    pub confirmed: bool,
     /// What to know.
     pub warnings: Vec<String>,
 }
@@ -436,6 +517,18 @@ mod tests {
         let back: Envelope = read_frame(&mut bytes.as_slice(), 1024).unwrap();
         assert!(matches!(back.request, Request::Revert { generation: None }));
         assert!(matches!(read_frame::<Envelope>(&mut &[][..], 1024), Err(FrameError::Closed)));
+    }
+
+    #[test]
+    fn a_mark_is_written_in_hex_and_nothing_else_is_read() {
+        let mark = Mark { generation: 7, digest: [0xa5; 32] };
+        let json = serde_json::to_string(&mark).unwrap();
+        assert_eq!(json, format!(r#"{{"generation":7,"digest":"{}"}}"#, "a5".repeat(32)));
+        assert_eq!(serde_json::from_str::<Mark>(&json).unwrap(), mark);
+        for wrong in ["", "a5", &"+5".repeat(32), &"zz".repeat(32), &"é".repeat(32), &"a5".repeat(33)] {
+            let json = format!(r#"{{"generation":7,"digest":"{wrong}"}}"#);
+            assert!(serde_json::from_str::<Mark>(&json).is_err(), "{wrong}");
+        }
     }
 
     #[test]

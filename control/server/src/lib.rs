@@ -10,5 +10,8 @@ pub mod agents;
 pub mod api;
 pub mod auth;
 pub mod ca;
+pub mod config;
 pub mod fleet;
+pub mod metrics;
+pub mod run;
 pub mod seal;

@@ -23,7 +23,7 @@ use async_trait::async_trait;
 use rusqlite::{Connection, OptionalExtension, Row as SqlRow, params};
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 
-pub use files::{Restored, restore};
+pub use files::{Restored, copy, restore};
 
 use crate::limits::{self, signed};
 use crate::plan::{self, Answer, State};

@@ -189,7 +189,7 @@ impl<M: Machine> Uplink<M> {
             let pause = if failures == 0 { self.within(pause) } else { pause / 2 + self.within(pause / 2) };
             tokio::select! {
                 () = sleep(pause) => {}
-                _ = stop.wait_for(|stop| *stop) => return Ended::Stopped,
+                () = stopped(&mut stop) => return Ended::Stopped,
             }
         }
     }
@@ -279,7 +279,7 @@ impl<M: Machine> Uplink<M> {
                 }
                 _ = heartbeat.tick() => Some(say(from_agent::Say::Heartbeat(Heartbeat {}))),
                 _ = look.tick() => self.look(&mut told).await,
-                _ = stop.wait_for(|stop| *stop) => return Cut::Stopped,
+                () = stopped(stop) => return Cut::Stopped,
             };
             if let Some(out) = out
                 && let Err(why) = write(tls, &out).await
@@ -447,7 +447,7 @@ impl<M: Machine> Uplink<M> {
             answered = timeout(Duration::from_secs(POLL_WAIT_S) + WELCOME, post(&self.route, &self.tls, out.freeze())) => {
                 answered.unwrap_or_else(|_| Err("the server does not answer a poll".into()))
             }
-            _ = stop.wait_for(|stop| *stop) => return Cut::Stopped,
+            () = stopped(stop) => return Cut::Stopped,
         };
         let frames = match answered {
             Ok(frames) => frames,
@@ -465,6 +465,11 @@ impl<M: Machine> Uplink<M> {
         }
         Cut::Goodbye("polled".into(), Duration::ZERO)
     }
+}
+
+/// Until it is told to stop, or nobody is left to tell it.
+async fn stopped(stop: &mut watch::Receiver<bool>) {
+    let _ = stop.wait_for(|stop| *stop).await;
 }
 
 /// Waits for what is being applied; for ever, if nothing is.

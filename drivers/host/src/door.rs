@@ -1,7 +1,7 @@
 //! The agent's local socket: who connects is known from the kernel, before a byte is read.
 
 use std::io;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
@@ -22,7 +22,11 @@ impl Door {
     /// The directory cannot be made, or the path is too long for a socket (107 bytes).
     pub fn open(path: &Path) -> io::Result<Door> {
         if let Some(directory) = path.parent() {
-            std::fs::create_dir_all(directory)?;
+            // Whom the socket itself lets in has to get as far as the socket, whatever the umask is.
+            if !directory.exists() {
+                std::fs::DirBuilder::new().recursive(true).mode(0o755).create(directory)?;
+                std::fs::set_permissions(directory, std::fs::Permissions::from_mode(0o755))?;
+            }
         }
         match std::fs::remove_file(path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -31,6 +35,17 @@ impl Door {
         let listener = UnixListener::bind(path)?;
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660))?;
         Ok(Door { listener, path: path.to_owned() })
+    }
+
+    /// Lets `uid` connect besides root and our group. It becomes the owner of the file: what an owner may do besides,
+    /// opening it to more users, shows them what is for everybody to see.
+    ///
+    /// # Errors
+    /// Not root, or without `CAP_CHOWN`.
+    pub fn admit(path: &Path, uid: u32) -> io::Result<()> {
+        std::os::unix::fs::lchown(path, Some(uid), None)?;
+        // Nobody who was let in before has left it open.
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660))
     }
 
     /// The next one who connects.

@@ -43,11 +43,14 @@ impl std::fmt::Display for LockError {
 impl std::error::Error for LockError {}
 
 impl StateDir {
-    /// Makes the directory if need be (mode 0700) and locks it.
+    /// Makes the directory if need be (mode 0700; those above it for everybody to pass) and locks it.
     ///
     /// # Errors
     /// Somebody else holds it, or the disk says no.
     pub fn lock(path: &Path) -> Result<StateDir, LockError> {
+        if let Some(above) = path.parent() {
+            fs::DirBuilder::new().recursive(true).mode(0o755).create(above).map_err(LockError::Io)?;
+        }
         fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(LockError::Io)?;
         let mut file = File::options()
             .create(true)

@@ -19,6 +19,8 @@ pub struct Interface {
     pub up: bool,
     /// True for `lo`.
     pub loopback: bool,
+    /// What kind of virtual device it is (`bridge`, `veth`, `vlan`); empty for hardware.
+    pub kind: String,
     /// Number of the bridge or bond that it is part of: packets then arrive by that device, not by this one.
     pub master: Option<u32>,
     /// Its addresses.
@@ -59,11 +61,17 @@ pub fn all() -> io::Result<Vec<Interface>> {
             .map(|(_, value)| crate::processes::clean(value.strip_suffix(b"\0").unwrap_or(value)));
         const IFLA_MASTER: u16 = 10;
         let master = attributes(&body[16..]).find(|(kind, _)| *kind == IFLA_MASTER).map(|(_, value)| word(value, 0));
+        const IFLA_LINKINFO: u16 = 18;
+        const IFLA_INFO_KIND: u16 = 1;
+        let kind = (attributes(&body[16..]).find(|(kind, _)| *kind == IFLA_LINKINFO))
+            .and_then(|(_, info)| attributes(info).find(|(kind, _)| *kind == IFLA_INFO_KIND))
+            .map(|(_, value)| crate::processes::clean(value.strip_suffix(b"\0").unwrap_or(value)));
         let interface = Interface {
             name: name.unwrap_or_default(),
             index,
             up: flags & IFF_UP != 0,
             loopback: flags & IFF_LOOPBACK != 0,
+            kind: kind.unwrap_or_default(),
             master,
             addresses: Vec::new(),
         };

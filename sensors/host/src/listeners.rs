@@ -140,6 +140,7 @@ mod tests {
             index: 1,
             up: true,
             loopback: name == "lo",
+            kind: String::new(),
             master: None,
             addresses: addresses.iter().map(|a| Address { address: a.parse().unwrap(), prefix_len: 24 }).collect(),
         }

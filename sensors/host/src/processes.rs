@@ -51,6 +51,14 @@ pub fn parent(pid: u32) -> Option<u32> {
     rest.split_whitespace().nth(1)?.parse().ok().filter(|parent| *parent != 0)
 }
 
+/// When the process was started, in clock ticks since boot: with its id, this names one process and no later one.
+#[must_use]
+pub fn started(pid: u32) -> Option<u64> {
+    let stat = String::from_utf8_lossy(&read(pid, "stat")).into_owned();
+    // The twenty-second field; the two before the closing parenthesis are split off.
+    stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
+}
+
 /// Control characters and broken UTF-8 become `?`: names are shown in terminals.
 #[must_use]
 pub fn clean(bytes: &[u8]) -> String {

@@ -37,7 +37,6 @@ const HANDSHAKE: Duration = Duration::from_secs(20);
 /// The agents' door.
 pub struct Agents {
     fleet: Arc<Fleet>,
-    limits: AgentLimits,
     /// Where the programs are that a new machine fetches.
     programs: Option<PathBuf>,
     /// Handshakes at once: the rest waits its turn, and a storm is served one after the other.
@@ -89,7 +88,6 @@ impl Agents {
             handshakes: Semaphore::new(limits.handshakes_max),
             connections: Semaphore::new(limits.connections_max),
             fleet,
-            limits,
             programs,
             stop: stop.clone(),
         });

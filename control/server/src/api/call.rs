@@ -84,6 +84,19 @@ impl Call {
     /// The answer to a request that went through before: as it was given, or what is there now.
     pub(super) async fn again(mut self, answer: &str) -> Result<Answer, Problem> {
         let broken = || problem::BROKEN.because("the remembered answer cannot be read");
+        if answer.is_empty() {
+            // The fleet remembers that it was done; what came of it is read.
+            let read = match self.op.id {
+                "stop_rollout" | "resume_rollout" | "return_rollout" => "get_rollout",
+                "change_instance" => "get_instance",
+                "create_token" => {
+                    let why = "this request has made a token before, and a secret is shown once: make another token";
+                    return Err(problem::WRONG_STATE.because(why));
+                }
+                _ => return Ok(Answer::nothing()),
+            };
+            return handler(read).ok_or_else(broken)?(self).await;
+        }
         let value = self.app.auth.remembered(answer).ok_or_else(broken)?;
         if let Some(name) = value["read"].as_str() {
             let read = match self.op.id {

@@ -91,11 +91,8 @@ pub(super) async fn change(call: Call) -> Result<Answer, Problem> {
         call.allowed(Resource::Instance, Action::Change, Target::One(labels))?;
     }
     // What was judged is what is changed: between the two, somebody may have given it other labels.
-    let expect = if call.expect == Expect::Any && view.revision > 0 {
-        Expect::Revision(view.revision)
-    } else {
-        call.expect
-    };
+    let expect =
+        if call.expect == Expect::Any && view.revision > 0 { Expect::Revision(view.revision) } else { call.expect };
     let made = call.app.fleet.change_instance(call.param("name"), body, expect, &call.act).await;
     settle(call, made, instance_answer).await
 }

@@ -2,9 +2,9 @@
 
 use keepwall_api::operations::operations;
 use keepwall_api::{
-    GroupSpec, InstanceChange, InstanceSpec, Login, NewKey, NewServiceAccount, NewUser, OidcFinish, OidcStart,
-    PasswordChange, PortListSpec, PostureChange, PostureFile, PostureQuestion, PrefixListSpec, ReturnChange, RuleEdit,
-    RuleSpec, ServiceAccountChange, TokenSpec, TotpCode, TotpEnrol, UserChange, FileText,
+    FileText, GroupSpec, InstanceChange, InstanceSpec, Login, NewKey, NewServiceAccount, NewUser, OidcFinish,
+    OidcStart, PasswordChange, PortListSpec, PostureChange, PostureFile, PostureQuestion, PrefixListSpec, ReturnChange,
+    RuleEdit, RuleSpec, ServiceAccountChange, TokenSpec, TotpCode, TotpEnrol, UserChange,
 };
 use keepwall_secgroup::spec::Direction;
 use serde::de::DeserializeOwned;

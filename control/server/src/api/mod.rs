@@ -11,6 +11,8 @@
 //!
 //! Credentials are bearer tokens only: no browser sends them by itself, so there is nothing to forge across sites.
 
+#![expect(clippy::result_large_err, reason = "a refusal is rare, and a box would stand in every signature")]
+
 mod access;
 mod answer;
 mod call;
@@ -37,7 +39,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use keepwall_api::operations::{Operation, Right, operations};
 use keepwall_api::problem::{self, Problem};
 use keepwall_fleet::access::{Target, Verdict};
-use keepwall_store::{Store, StoreError};
+use keepwall_store::Store;
 use serde_json::json;
 use tokio::sync::Semaphore;
 
@@ -65,12 +67,7 @@ pub struct ApiSettings {
 
 impl Default for ApiSettings {
     fn default() -> ApiSettings {
-        ApiSettings {
-            timeout_s: 30,
-            watchers_max: 256,
-            requests_max: 512,
-            denials_per_minute: 60,
-        }
+        ApiSettings { timeout_s: 30, watchers_max: 256, requests_max: 512, denials_per_minute: 60 }
     }
 }
 
@@ -305,26 +302,34 @@ struct Edge {
 /// The longest request id and trace header of others that we take over.
 const ID_MAX: usize = 128;
 
+/// Headers of a request at most.
+const HEADERS_MAX: usize = 64;
+
 /// What every request and answer gets, whatever becomes of it.
 async fn edge(within: Duration, mut request: Request, next: axum::middleware::Next) -> Response {
-    let random: [u8; 24] = random();
+    let random: [u8; 32] = random();
     let own_id = hex(&random[..8]);
     let given = request.headers().get("x-request-id").and_then(|value| value.to_str().ok());
     let good = |id: &&str| {
         (1..=ID_MAX).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
     };
     let request_id = given.filter(good).map_or(own_id, str::to_owned);
-    let trace = trace_id(request.headers()).unwrap_or_else(|| hex(&random[..16]));
-    let parent = format!("00-{trace}-{}-01", hex(&random[16..]));
+    let trace = trace_id(request.headers()).unwrap_or_else(|| hex(&random[8..24]));
+    let parent = format!("00-{trace}-{}-01", hex(&random[24..]));
     let path = request.uri().path().to_owned();
     let method = request.method().clone();
     let live = path == format!("{}/events/live", keepwall_api::BASE);
     let edge = Edge { request_id: request_id.clone(), path: path.clone() };
     request.extensions_mut().insert(edge.clone());
     let began = std::time::Instant::now();
-    let mut response = match tokio::time::timeout(within, next.run(request)).await {
-        Ok(response) => response,
-        Err(_) => problems::response(problem::TIMED_OUT.because("the server gave up waiting"), &edge),
+    let mut response = if request.headers().len() > HEADERS_MAX {
+        let detail = format!("more than {HEADERS_MAX} headers");
+        problems::response(problem::HEADERS_TOO_LARGE.because(detail), &edge)
+    } else {
+        match tokio::time::timeout(within, next.run(request)).await {
+            Ok(response) => response,
+            Err(_) => problems::response(problem::TIMED_OUT.because("the server gave up waiting"), &edge),
+        }
     };
     let status = response.status().as_u16();
     let took_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
@@ -405,12 +410,8 @@ async fn answer(
 ) -> Result<Answer, Problem> {
     let (parts, body) = request.into_parts();
     let peer = parts.extensions.get::<Peer>().cloned().unwrap_or_default();
-    let act = Act {
-        actor: "nobody".into(),
-        address: peer.address(),
-        request: edge.request_id.clone(),
-        ..Act::default()
-    };
+    let act =
+        Act { actor: "nobody".into(), address: peer.address(), request: edge.request_id.clone(), ..Act::default() };
     let what = format!("{} {}", op.method, edge.path);
     let who = match op.right {
         Right::Public => None,
@@ -475,18 +476,10 @@ async fn authenticate(
     Err(problem)
 }
 
-/// True if the store can take a change: for readiness.
-///
-/// # Errors
-/// Why it cannot.
-pub async fn ready(app: &App) -> Result<(), StoreError> {
-    app.store.ready().await
-}
-
 /// The status of a code that the HTTP library made; for those that come before a router.
 fn status(code: u16) -> StatusCode {
     StatusCode::from_u16(code).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

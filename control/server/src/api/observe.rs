@@ -20,7 +20,6 @@ use keepwall_secgroup::check::Checked;
 use keepwall_secgroup::evaluate::{Packet, evaluate};
 use keepwall_secgroup::reach::matrix;
 use keepwall_secgroup::spec::Direction;
-use keepwall_store::audit::Verifier;
 use keepwall_store::{Filter, Row, Stream};
 use serde_json::Value;
 use tokio::sync::broadcast::error::RecvError;
@@ -124,9 +123,9 @@ struct Watch {
 }
 
 pub(super) async fn live(call: Call) -> Result<Answer, Problem> {
-    let place = Arc::clone(&call.app.watchers).try_acquire_owned().map_err(|_| {
-        problem::THROTTLED.because(format!("{} watch already", call.app.settings.watchers_max))
-    })?;
+    let place = Arc::clone(&call.app.watchers)
+        .try_acquire_owned()
+        .map_err(|_| problem::THROTTLED.because(format!("{} watch already", call.app.settings.watchers_max)))?;
     let watch = Watch {
         receiver: call.app.fleet.live(),
         who: call.who()?.clone(),
@@ -200,28 +199,10 @@ pub(super) async fn audit(call: Call) -> Result<Answer, Problem> {
 
 pub(super) async fn verify_audit(call: Call) -> Result<Answer, Problem> {
     call.allowed(Resource::Audit, Action::Read, Target::Whole)?;
-    let mut verifier = Verifier::new(call.app.auth.seal().audit_key());
-    // Before the lines: what is written meanwhile is behind the head, and is left for the next time.
-    let head = call.app.store.audit_head().await.map_err(problems::store)?;
-    let last = head.as_ref().map_or(0, |(number, _)| *number);
-    let broken = |lines: u64, why: String| AuditVerdict { holds: false, lines, why };
-    while verifier.next_number() <= last {
-        let from = verifier.next_number();
-        let lines = call.app.store.audit(from, keepwall_store::PAGE_MAX).await.map_err(problems::store)?;
-        if lines.is_empty() {
-            break;
-        }
-        for line in lines.iter().filter(|line| line.number <= last) {
-            if let Err(why) = verifier.line(line) {
-                return Ok(Answer::json(&broken(from, why.to_string())));
-            }
-        }
-    }
-    let seen = verifier.next_number() - 1;
-    let head = head.as_ref().map(|(number, mac)| (*number, mac.as_str()));
-    Ok(Answer::json(&match verifier.finish(head) {
-        Ok(_) => AuditVerdict { holds: true, lines: seen, why: String::new() },
-        Err(why) => broken(seen, why.to_string()),
+    let verified = crate::run::verify_audit(&call.app.store, call.app.auth.seal()).await.map_err(problems::store)?;
+    Ok(Answer::json(&match verified {
+        Ok(verified) => AuditVerdict { holds: true, lines: verified.lines, why: String::new() },
+        Err(broken) => AuditVerdict { holds: false, lines: broken.number.saturating_sub(1), why: broken.to_string() },
     }))
 }
 

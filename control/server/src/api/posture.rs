@@ -17,8 +17,8 @@ use serde_json::Value;
 use super::answer::Answer;
 use super::call::{Call, cursor};
 use super::fleet::settle;
-use super::views::{self, RuleWork, Section};
 use super::problems;
+use super::views::{self, RuleWork, Section};
 use crate::fleet::FleetError;
 
 /// How often a change that names no revision is made again upon what somebody else declared meanwhile.

@@ -45,11 +45,8 @@ pub(super) fn response(mut problem: Problem, edge: &Edge) -> Response {
 const RETRY_AFTER: &str = "retry-after";
 
 fn later(mut problem: Problem, seconds: u64) -> Problem {
-    problem.errors = vec![FieldError {
-        pointer: RETRY_AFTER.into(),
-        message: seconds.to_string(),
-        help: String::new(),
-    }];
+    problem.errors =
+        vec![FieldError { pointer: RETRY_AFTER.into(), message: seconds.to_string(), help: String::new() }];
     problem
 }
 

@@ -37,8 +37,8 @@ impl Peer {
     }
 }
 
-/// Headers of a request at most.
-const HEADERS_MAX: usize = 64;
+/// Headers that are parsed at all: more are answered by hyper without a word, fewer but too many by us.
+const HEADERS_PARSED_MAX: usize = 128;
 /// Bytes of a request's head at most; hyper answers 431 to a longer one.
 const HEAD_BYTES_MAX: usize = 32 * 1024;
 /// How long a head may take, also when a connection waits for its next request.
@@ -59,7 +59,7 @@ where
     http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_WITHIN)
-        .max_headers(HEADERS_MAX)
+        .max_headers(HEADERS_PARSED_MAX)
         .max_buf_size(HEAD_BYTES_MAX)
         .serve_connection(TokioIo::new(io), TowerToHyperService::new(service))
         .await

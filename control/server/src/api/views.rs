@@ -181,8 +181,8 @@ fn rule_change(change: &RuleEdit) -> Result<RuleChange, Problem> {
             let value = json!({
                 "policy": "accept", "priority": 1, "protocol": "tcp", "ports": ports, "peers": ["any"],
             });
-            let rule: NewRule = serde_json::from_value(value)
-                .map_err(|error| problem::INVALID.at("/ports", error.to_string()))?;
+            let rule: NewRule =
+                serde_json::from_value(value).map_err(|error| problem::INVALID.at("/ports", error.to_string()))?;
             Some(rule.ports)
         }
     };
@@ -337,10 +337,12 @@ instances:
             copy = put(copy, Section::PrefixLists, &one.name, &value).unwrap();
         }
         for one in &before.port_lists {
-            copy = put(copy, Section::PortLists, &one.name, &serde_json::to_value(port_list(one).spec).unwrap()).unwrap();
+            copy =
+                put(copy, Section::PortLists, &one.name, &serde_json::to_value(port_list(one).spec).unwrap()).unwrap();
         }
         for one in &before.instances {
-            copy = put(copy, Section::Instances, &one.name, &serde_json::to_value(instance(one).spec).unwrap()).unwrap();
+            copy =
+                put(copy, Section::Instances, &one.name, &serde_json::to_value(instance(one).spec).unwrap()).unwrap();
         }
         let after = spec(&copy).unwrap();
         assert_eq!(before.groups.iter().map(|g| group(g).spec).collect::<Vec<_>>(), {

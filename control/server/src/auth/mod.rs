@@ -39,7 +39,7 @@ pub struct AuthSettings {
     /// A session ends after this, however much it is used, seconds, 300-604,800. Default 43,200.
     pub session_max_s: u64,
     /// The identity provider, if there is one.
-    pub oidc: Option<oidc::OidcSettings>,
+    pub oidc: Option<oidc::OidcConfig>,
 }
 
 impl Default for AuthSettings {
@@ -161,22 +161,9 @@ impl Auth {
     ///
     /// # Errors
     /// The identity provider's settings do not make sense, and why.
-    pub fn new(
-        store: Arc<dyn Store>,
-        seal: Arc<Seal>,
-        settings: AuthSettings,
-        clock: Clock,
-    ) -> Result<Auth, String> {
+    pub fn new(store: Arc<dyn Store>, seal: Arc<Seal>, settings: AuthSettings, clock: Clock) -> Result<Auth, String> {
         let oidc = settings.oidc.clone().map(Oidc::new).transpose()?;
-        Ok(Auth {
-            store,
-            seal,
-            settings,
-            passwords: Passwords::new(),
-            throttle: Throttle::default(),
-            oidc,
-            clock,
-        })
+        Ok(Auth { store, seal, settings, passwords: Passwords::new(), throttle: Throttle::default(), oidc, clock })
     }
 
     /// Milliseconds since 1970.

@@ -18,9 +18,7 @@ use hyper_util::rt::TokioIo;
 use keepwall_api::{OidcFinish, OidcStarted, Secret, SessionMade, UserKind};
 use keepwall_fleet::access::{Binding, Labels, Role};
 use keepwall_store::{Expect, Op, StoreError};
-use openidconnect::core::{
-    CoreAuthenticationFlow, CoreClient, CoreJwsSigningAlgorithm, CoreProviderMetadata,
-};
+use openidconnect::core::{CoreAuthenticationFlow, CoreClient, CoreJwsSigningAlgorithm, CoreProviderMetadata};
 use openidconnect::{
     AuthorizationCode, ClaimsVerificationError, ClientId, ClientSecret, CsrfToken, HttpRequest, HttpResponse,
     IssuerUrl, Nonce, PkceCodeChallenge, PkceCodeVerifier, RedirectUrl, Scope, TokenResponse as _,
@@ -55,7 +53,7 @@ const PURPOSE: &str = "oidc-flow";
 /// An identity provider.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct OidcSettings {
+pub struct OidcConfig {
     /// `https://id.example.org/realm`. Plain HTTP is for loopback only.
     pub issuer: String,
     /// What the provider calls us.
@@ -117,7 +115,7 @@ struct Vouched {
 
 /// The provider as we see it.
 pub struct Oidc {
-    settings: OidcSettings,
+    settings: OidcConfig,
     tls: Arc<rustls::ClientConfig>,
     /// When it was fetched, and what; one fetches at a time.
     known: Mutex<Option<(u64, CoreProviderMetadata)>>,
@@ -145,7 +143,7 @@ fn provider(error: impl fmt::Display) -> AuthError {
 }
 
 impl Oidc {
-    pub(super) fn new(settings: OidcSettings) -> Result<Oidc, String> {
+    pub(super) fn new(settings: OidcConfig) -> Result<Oidc, String> {
         let issuer: http::Uri = settings.issuer.parse().map_err(|_| format!("`{}` is no URL", settings.issuer))?;
         let loopback = matches!(issuer.host(), Some("127.0.0.1" | "[::1]" | "localhost"));
         if issuer.scheme_str() != Some("https") && !(issuer.scheme_str() == Some("http") && loopback) {
@@ -197,14 +195,10 @@ impl Oidc {
     async fn begin(&self, now_ms: u64) -> Result<(String, Flow), AuthError> {
         let metadata = self.metadata(now_ms, DISCOVERY_MS).await?;
         let id = ClientId::new(self.settings.client_id.clone());
-        let client =
-            CoreClient::from_provider_metadata(metadata, id, self.secret()).set_redirect_uri(self.redirect()?);
+        let client = CoreClient::from_provider_metadata(metadata, id, self.secret()).set_redirect_uri(self.redirect()?);
         let (challenge, verifier) = PkceCodeChallenge::new_random_sha256();
-        let mut request = client.authorize_url(
-            CoreAuthenticationFlow::AuthorizationCode,
-            CsrfToken::new_random,
-            Nonce::new_random,
-        );
+        let mut request =
+            client.authorize_url(CoreAuthenticationFlow::AuthorizationCode, CsrfToken::new_random, Nonce::new_random);
         for scope in &self.settings.scopes {
             request = request.add_scope(Scope::new(scope.clone()));
         }
@@ -222,8 +216,8 @@ impl Oidc {
     async fn end(&self, flow: &Flow, code: &str, now_ms: u64) -> Result<Vouched, AuthError> {
         let metadata = self.metadata(now_ms, DISCOVERY_MS).await?;
         let id = ClientId::new(self.settings.client_id.clone());
-        let client = CoreClient::from_provider_metadata(metadata, id.clone(), self.secret())
-            .set_redirect_uri(self.redirect()?);
+        let client =
+            CoreClient::from_provider_metadata(metadata, id.clone(), self.secret()).set_redirect_uri(self.redirect()?);
         let exchange = client.exchange_code(AuthorizationCode::new(code.to_owned())).map_err(provider)?;
         let verifier = PkceCodeVerifier::new(flow.verifier.clone());
         let http = |request| self.ask(request);
@@ -394,16 +388,14 @@ impl Auth {
             Some(_) => return Err(AuthError::Failed),
             None => {
                 let kind = UserKind::Oidc;
-                let new =
-                    Stored { kind, password: None, totp: None, bindings: Vec::new(), disabled: false, epoch: 0 };
+                let new = Stored { kind, password: None, totp: None, bindings: Vec::new(), disabled: false, epoch: 0 };
                 (Expect::Absent, new)
             }
         };
         if stored.disabled {
             return Err(AuthError::Failed);
         }
-        let mut ops =
-            vec![Op::put(KIND, &used, Expect::Absent, &json!({ "expires_ms": flow.expires_ms }))];
+        let mut ops = vec![Op::put(KIND, &used, Expect::Absent, &json!({ "expires_ms": flow.expires_ms }))];
         if stored.bindings != bindings || expect == Expect::Absent {
             stored.bindings = bindings;
             ops.push(Op::put(users::KIND, &name, expect, &stored));

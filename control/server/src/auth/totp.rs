@@ -26,7 +26,8 @@ pub struct StoredTotp {
 pub fn enrol(seal: &Seal, user: &str) -> (StoredTotp, String, String) {
     let bytes: [u8; SECRET_BYTES] = random();
     let secret = Secret::new_stack(bytes).to_base32();
-    let label: String = user.bytes().map(|b| if b == b'@' { "%40".to_owned() } else { char::from(b).to_string() }).collect();
+    let label: String =
+        user.bytes().map(|b| if b == b'@' { "%40".to_owned() } else { char::from(b).to_string() }).collect();
     let url = format!("otpauth://totp/Keepwall:{label}?secret={secret}&issuer=Keepwall");
     (StoredTotp { sealed: seal.seal(&purpose(user), &bytes), verified: false, last_step: 0 }, secret, url)
 }

@@ -224,7 +224,9 @@ impl Fleet {
             Op::put(ROLLOUT, &id, Expect::Absent, &rollout),
             Op::put(ASKED, CURRENT, Expect::Any, &id),
         ];
-        self.commit(Commit { ops, audit, remember: act.remember.clone() }).await?;
+        let answer = json!({ "rollout": id }).to_string();
+        let remember = act.remember.clone().map(|remember| keepwall_store::Remember { answer, ..remember });
+        self.commit(Commit { ops, audit, remember }).await?;
         Ok(Accepted { rollout: id })
     }
 

@@ -89,18 +89,12 @@ impl Follower {
                     Some(r) => Some(Known { revision: r.revision, record: Arc::new(r.read()?) }),
                     None => None,
                 };
-                let mut registry = self.fleet.registry();
-                let old = registry.instances.get(name).map(|k| Arc::clone(&k.record));
-                touched.instances = match (&old, &known) {
-                    (Some(old), Some(new)) => {
-                        old.labels != new.record.labels || old.interfaces != new.record.interfaces
-                    }
-                    (None, None) => false,
-                    _ => true,
-                };
                 let gone = known.is_none();
                 let revoked = known.as_ref().is_some_and(|k| k.record.certificates.is_empty());
+                let mut registry = self.fleet.registry();
                 registry.set_instance(name, known);
+                // Perhaps this server did it itself and knows already; then it is to be resolved all the same.
+                touched.instances = registry.unresolved;
                 drop(registry);
                 if gone || revoked {
                     self.fleet.end_stream(name, "revoked");
@@ -207,7 +201,8 @@ impl Follower {
             None => None,
         };
         let enrolled = {
-            let registry = self.fleet.registry();
+            let mut registry = self.fleet.registry();
+            registry.unresolved = false;
             let mut all: Vec<_> = (registry.instances.iter())
                 .map(|(name, known)| (known.record.enrolled_ms, enrolled(name, &known.record)))
                 .collect();
@@ -328,7 +323,7 @@ impl Follower {
 
 fn declared(revision: Generation, record: PostureRecord) -> Option<Declared> {
     match parse(&record) {
-        Ok(spec) => Some(Declared { revision, record: Arc::new(record), spec: Arc::new(spec) }),
+        Ok(spec) => Some(Declared { revision, spec: Arc::new(spec) }),
         Err(problems) => {
             let why = problems.first().map(ToString::to_string).unwrap_or_default();
             tracing::error!(revision, why, "the posture in force is not understood by this version; nothing new is told");

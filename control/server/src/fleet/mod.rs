@@ -144,6 +144,8 @@ pub(crate) struct Registry {
     pub(crate) certificates: HashMap<[u8; 32], (Arc<str>, u64)>,
     pub(crate) statuses: HashMap<Arc<str>, StatusRecord>,
     pub(crate) servers: HashMap<String, ServerRecord>,
+    /// Labels or interfaces differ from what the view was made of.
+    unresolved: bool,
     /// Statuses that are newer here than in the store.
     dirty: std::collections::HashSet<Arc<str>>,
 }
@@ -176,6 +178,25 @@ pub struct Fleet {
     /// A stream waits for a generation that is not there: see [`Fleet::nudge`].
     nudge_wake: Notify,
     token_slots: Mutex<HashMap<String, u32>>,
+}
+
+/// The fleet in numbers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Count {
+    /// Enrolled.
+    pub instances: usize,
+    /// With an open stream at any server.
+    pub connected: usize,
+    /// That hold what they should.
+    pub in_sync: usize,
+    /// That did not take what they were told.
+    pub failed: usize,
+    /// Whose kernel differs from what it should hold.
+    pub drifted: usize,
+    /// The newest commit that this server has heard of.
+    pub generation: Generation,
+    /// A rollout is on its way, or stopped.
+    pub rollout: bool,
 }
 
 /// What the fleet is told by the server's configuration.
@@ -305,6 +326,35 @@ impl Fleet {
         match self.store.commit(commit).await? {
             Committed::Now(generation) => Ok(generation),
             Committed::Before(answer) => Err(FleetError::Before(answer)),
+        }
+    }
+
+    /// The fleet in numbers.
+    #[must_use]
+    pub fn count(&self) -> Count {
+        let (view, now) = (self.view(), now_ms());
+        let registry = self.registry();
+        let mut count = Count {
+            instances: registry.instances.len(),
+            generation: view.generation,
+            rollout: view.active.is_some(),
+            ..Count::default()
+        };
+        for name in registry.instances.keys() {
+            let Some(status) = registry.statuses.get(name) else { continue };
+            count.connected += usize::from(registry.connected(&self.server, status, now));
+            count.in_sync += usize::from(view.desired(name).is_some_and(|d| hex(&d.digest) == status.digest));
+            count.failed += usize::from(status.failed.is_some());
+            count.drifted += usize::from(!status.drift.is_empty());
+        }
+        count
+    }
+
+    /// Says goodbye to the other servers: nobody's stream is here any more.
+    pub async fn leave(&self) {
+        let gone = keepwall_store::Op::delete(records::SERVER, &self.server, keepwall_store::Expect::Any);
+        if let Err(error) = self.store.commit(Commit { ops: vec![gone], ..Commit::default() }).await {
+            tracing::warn!(%error, "the other servers learn by themselves that this one ended");
         }
     }
 
@@ -471,6 +521,8 @@ impl Registry {
             Some((name, _)) => Arc::clone(name),
             None => name.into(),
         };
+        let matters = |known: &Known| (known.record.labels.clone(), known.record.interfaces.clone());
+        self.unresolved |= self.instances.get(&name).map(matters) != known.as_ref().map(matters);
         if let Some(old) = self.instances.get(&name) {
             for certificate in old.record.certificates.iter().filter_map(|c| unhex(&c.sha256)) {
                 self.certificates.remove(&certificate);

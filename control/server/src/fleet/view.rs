@@ -25,7 +25,6 @@ const BODIES_MAX: usize = 1_024;
 #[derive(Clone, Debug)]
 pub(crate) struct Declared {
     pub(crate) revision: Generation,
-    pub(crate) record: Arc<PostureRecord>,
     pub(crate) spec: Arc<Spec>,
 }
 

@@ -151,8 +151,12 @@ fn date(connection: &Connection) -> Result<String, StoreError> {
     connection.query_row("SELECT strftime('%Y%m%dT%H%M%fZ')", [], |row| row.get(0)).map_err(said)
 }
 
-/// Copies a database at one moment of its life. What is there under that name is never touched.
-pub(super) fn copy(from: &Path, to: &Path) -> Result<(), StoreError> {
+/// Copies a database at one moment of its life, whether a server has it open or not. What is there under that name
+/// is never touched.
+///
+/// # Errors
+/// Something stands there already, or the disk.
+pub fn copy(from: &Path, to: &Path) -> Result<(), StoreError> {
     let partial = beside(to, ".partial");
     let text = partial.to_str().ok_or_else(|| failed(to, &"the name is not UTF-8"))?;
     let file = private().create_new(true).open(&partial).map_err(|error| match error.kind() {
