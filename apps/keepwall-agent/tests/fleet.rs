@@ -245,7 +245,7 @@ fn killed_anywhere_in_an_apply_the_agent_never_goes_back() {
 }
 
 #[test]
-fn a_damaged_binding_is_no_binding_to_begin_with_anew() {
+fn a_damaged_binding_is_not_taken_for_none() {
     story(|| {
         let mut bench = Bench::new("fleet-damaged");
         bench.start();

@@ -168,6 +168,8 @@ fn log() {
 async fn run(arguments: &Arguments) -> Result<(), String> {
     use tokio::signal::unix::{SignalKind, signal};
     log();
+    // Started by a handle instead of a path, it would be called by that handle's number.
+    let _ = std::fs::write("/proc/self/comm", "keepwall-uplink");
     let mut terminate = signal(SignalKind::terminate()).map_err(|error| error.to_string())?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(|error| error.to_string())?;
     let identity = Identity::load(&arguments.state)?;

@@ -53,6 +53,10 @@ pub enum Command {
     Down(Down),
     /// Show what listens on this machine and from where it can be reached
     Exposure,
+    /// Take this machine into a fleet: from then on its server decides what is enforced here
+    Enroll(Enroll),
+    /// Take this machine out of its fleet; what is enforced stays enforced
+    Leave(Leave),
     /// Check the posture: spelling, names, quotas, its own tests
     Check,
     /// Run the posture's own tests (`tests:`)
@@ -119,6 +123,31 @@ pub struct Down {
     /// Also stop enforcing: remove the rules and forget the state
     #[arg(long)]
     pub remove: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Enroll {
+    /// The one-time token that the server made, or `-` to read it from standard input
+    pub token: String,
+    /// An HTTP proxy on the way to the server [default: https_proxy and no_proxy of the environment]
+    #[arg(long, value_name = "http://HOST:PORT")]
+    pub proxy: Option<String>,
+    /// Where this machine's key and certificate are kept
+    #[arg(long, value_name = "DIR", default_value = keepwall_uplink::identity::STATE)]
+    pub state: PathBuf,
+    /// Where the agent keeps its state, if it has to be started
+    #[arg(long, value_name = "DIR", default_value = keepwall_link::STATE)]
+    pub agent_state: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub struct Leave {
+    /// Where this machine's key and certificate are kept
+    #[arg(long, value_name = "DIR", default_value = keepwall_uplink::identity::STATE)]
+    pub state: PathBuf,
+    /// Where the agent keeps its state, if it has to be started
+    #[arg(long, value_name = "DIR", default_value = keepwall_link::STATE)]
+    pub agent_state: PathBuf,
 }
 
 #[derive(Debug, Args)]

@@ -2,8 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::path::Path;
+use std::process::Command;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -22,6 +22,7 @@ use serde::Serialize;
 use crate::Context;
 use crate::agent::unexpected;
 use crate::cli;
+use crate::daemons::{self, Daemon};
 use crate::failure::Failure;
 use crate::posture;
 use crate::ui;
@@ -160,34 +161,25 @@ pub fn show(context: &Context) -> Result<u8, Failure> {
     Ok(0)
 }
 
-/// Where the agent's program is: beside this one, or on the path.
-pub fn agent_program() -> PathBuf {
-    let beside = std::env::current_exe().ok().map(|own| own.with_file_name("keepwall-agent"));
-    beside.filter(|path| path.exists()).unwrap_or_else(|| "keepwall-agent".into())
-}
-
 /// Starts an agent that outlives this command; its log goes beside its state.
 pub fn start_agent(context: &Context, state: &Path) -> Result<(), Failure> {
     std::fs::create_dir_all(state).map_err(|error| {
         Failure::new(format!("cannot make {}: {error}", state.display()), "run this as root (sudo keepwall up)")
     })?;
-    let path = state.join("agent.log");
-    let log = std::fs::File::options().create(true).append(true).open(&path)?;
-    let mut command = Command::new(agent_program());
+    let mut daemon = Daemon::of("keepwall-agent", &context.global.socket);
+    daemon.log = state.join("agent.log");
+    let mut command = Command::new(daemons::program("keepwall-agent"));
     command.arg("run").arg("--state").arg(state).arg("--socket").arg(&context.global.socket);
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
-    keepwall_host::process::spawn_detached(&mut command).map_err(|error| {
-        Failure::new(
-            format!("cannot start keepwall-agent: {error}"),
-            "install it beside keepwall, or build the workspace",
-        )
-    })?;
+    daemon.start(&mut command)?;
+    await_agent(context, || format!("{} (in {})", daemon.last_words(), daemon.log.display()))
+}
+
+/// Waits until the agent answers; `why` says more if it does not.
+pub fn await_agent(context: &Context, why: impl Fn() -> String) -> Result<(), Failure> {
     let started = Instant::now();
     while !context.agent.is_up() {
         if started.elapsed() > AGENT_STARTS_WITHIN {
-            let text = std::fs::read_to_string(&path).unwrap_or_default();
-            let last = text.lines().last().unwrap_or("it said nothing").to_owned();
-            return Err(Failure::new(format!("the agent does not start: {last}"), format!("see {}", path.display())));
+            return Err(Failure::plain(format!("the agent does not start: {}", why())));
         }
         sleep(Duration::from_millis(20));
     }
@@ -202,6 +194,7 @@ pub fn up(context: &Context, args: &cli::Up) -> Result<u8, Failure> {
     } else if !context.agent.is_up() {
         start_agent(context, &args.state)?;
         agent = "has started and observes only";
+        crate::enroll::resume(context)?;
     }
     let Seen { interfaces, rows, intent } = look(context)?;
     let proposal = propose(&interfaces, rows.iter().map(|r| &r.listener), &[]);
@@ -256,6 +249,7 @@ pub fn down(context: &Context, args: &cli::Down) -> Result<u8, Failure> {
     if args.remove {
         crate::plan::remove(context, true)?;
     }
+    crate::enroll::pause(context)?;
     let process = Process::open(status.pid)?;
     process.signal(Signal::Terminate)?;
     if !process.wait(Some(Duration::from_secs(5)))? {

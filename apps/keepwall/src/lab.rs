@@ -7,7 +7,7 @@ use keepwall_lab::{Line, Programs, coexist, drill, machine, serve};
 
 use crate::Context;
 use crate::cli::{self, LabCommand};
-use crate::exposure::agent_program;
+use crate::daemons::program;
 use crate::failure::Failure;
 use crate::ui;
 
@@ -19,7 +19,7 @@ fn failed(error: String) -> Failure {
 }
 
 fn programs() -> Result<Programs, Failure> {
-    Ok(Programs { keepwall: std::env::current_exe()?, agent: agent_program() })
+    Ok(Programs { keepwall: std::env::current_exe()?, agent: program("keepwall-agent") })
 }
 
 /// The posture that the lab enforces: named, the repository's, or a copy of the built-in one.

@@ -4,6 +4,8 @@
 
 mod agent;
 mod cli;
+mod daemons;
+mod enroll;
 mod explain;
 mod exposure;
 mod failure;
@@ -49,6 +51,8 @@ fn run(context: &Context, command: Command) -> Result<u8, Failure> {
         Command::Up(up) => exposure::up(context, &up),
         Command::Down(down) => exposure::down(context, &down),
         Command::Exposure => exposure::show(context),
+        Command::Enroll(args) => enroll::enroll(context, &args),
+        Command::Leave(args) => enroll::leave(context, &args),
         Command::Suggest(suggest) => exposure::suggest(context, &suggest),
         Command::Check => explain::check(context),
         Command::Test => explain::test(context),

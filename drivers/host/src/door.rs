@@ -43,9 +43,11 @@ impl Door {
     /// # Errors
     /// Not root, or without `CAP_CHOWN`.
     pub fn admit(path: &Path, uid: u32) -> io::Result<()> {
-        std::os::unix::fs::lchown(path, Some(uid), None)?;
-        // Nobody who was let in before has left it open.
-        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660))
+        let own = keepwall_sys::process::user().uid;
+        // Ours again first: nobody who was let in before has left it open, and only an owner may shut it.
+        std::os::unix::fs::lchown(path, Some(own), None)?;
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660))?;
+        std::os::unix::fs::lchown(path, Some(uid), None)
     }
 
     /// The next one who connects.

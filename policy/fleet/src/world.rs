@@ -121,7 +121,7 @@ impl World {
     /// Everything for one machine; `None` if there is no such machine.
     #[must_use]
     pub fn bundle(&self, instance: &str) -> Option<Bundle> {
-        let rules = self.resolver.without_sets(&self.checked, instance).ok()?;
+        let rules = told(&self.resolver, &self.checked, instance)?;
         let sets = self.print.instances.get(instance)?.sets.iter();
         let sets = sets.map(|name| (name.to_string(), self.print.sets[name].0.to_vec())).collect();
         Bundle::from_parts(json(&rules), sets).ok()
@@ -142,7 +142,7 @@ impl World {
             return None;
         }
         let rules =
-            (new.rules != old.rules).then(|| self.resolver.without_sets(&self.checked, instance).ok()).flatten();
+            (new.rules != old.rules).then(|| told(&self.resolver, &self.checked, instance)).flatten();
         if new.rules != old.rules && rules.is_none() {
             return None;
         }
@@ -192,7 +192,7 @@ impl Print {
         let mut out = Print::default();
         let mut lists: HashSet<Arc<[Arc<str>]>> = HashSet::new();
         for instance in &checked.spec().instances {
-            let Ok(intent) = resolver.without_sets(checked, &instance.name) else { continue };
+            let Some(intent) = told(resolver, checked, &instance.name) else { continue };
             let mut names: Vec<Arc<str>> = Vec::new();
             for name in intent.set_names() {
                 let name = match out.sets.get_key_value(name.as_str()) {
@@ -239,6 +239,18 @@ impl Print {
         out.sort();
         out
     }
+}
+
+/// The rules that a machine is told, without the places where they stand: a comment somewhere above must not change
+/// what a thousand machines hold. Rules keep their labels, `web/ingress#2`, by which the posture finds them.
+fn told(resolver: &Resolver, checked: &Checked, instance: &str) -> Option<Intent> {
+    let mut intent = resolver.without_sets(checked, instance).ok()?;
+    for attachment in &mut intent.attachments {
+        for rule in attachment.ingress.iter_mut().chain(&mut attachment.egress) {
+            rule.place = Place::default();
+        }
+    }
+    Some(intent)
 }
 
 fn json(intent: &Intent) -> Vec<u8> {
