@@ -7,6 +7,7 @@
 pub mod clock;
 pub mod dial;
 pub mod link;
+pub mod memory;
 pub mod namespace;
 pub mod netlink;
 pub mod peer;

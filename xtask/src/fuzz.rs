@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use keepwall_core::Generation;
+use keepwall_fleet::bundle::Bundle;
+use keepwall_fleet::sync::State;
 use keepwall_ir::nft::Table;
 use keepwall_ir::nft::encode::{At, Batch};
 use keepwall_link::{Apply, Envelope, Request, TraceFilter, VERSION, write_frame};
@@ -15,12 +17,19 @@ use keepwall_posture::{SourceFile, parse};
 use keepwall_secgroup::check::check;
 use keepwall_secgroup::intent::{Intent, resolve};
 use keepwall_secgroup::lower::lower;
+use keepwall_wire::{offer_frame, write_whole};
 
 use crate::{root, say};
 
 /// Each target with the longest input that is worth its time.
-const TARGETS: [(&str, usize); 4] =
-    [("posture", 8 * 1024), ("nft_decode", 32 * 1024), ("link", 16 * 1024), ("intent", 16 * 1024)];
+const TARGETS: [(&str, usize); 6] = [
+    ("posture", 8 * 1024),
+    ("nft_decode", 32 * 1024),
+    ("link", 16 * 1024),
+    ("intent", 16 * 1024),
+    ("wire", 16 * 1024),
+    ("api", 4 * 1024),
+];
 
 /// Coverage for libFuzzer; each flag is stable.
 const FLAGS: [&str; 8] = [
@@ -164,6 +173,8 @@ fn advice(target: &str) -> &'static str {
         }
         "nft_decode" => "put its bytes into a test in ir/tests/netlink.rs, with a sentence on what they were",
         "link" => "put its bytes into a test in control/link/src/lib.rs, with a sentence on what they were",
+        "wire" => "put its bytes into a test in control/wire/src/convert.rs, with a sentence on what they were",
+        "api" => "put its body into a test in control/server/src/api/tests.rs, with a sentence on what it was",
         _ => "put its text into a test in policy/secgroup/tests/meaning.rs, with a sentence on what it was",
     }
 }
@@ -200,6 +211,9 @@ fn seed() -> Result<(), String> {
             put("posture", name, &text)?;
             for (n, intent) in intents(&text).into_iter().enumerate() {
                 let name = format!("{name}.{n}");
+                let bundle = Bundle::of(intent.clone());
+                let state = State { generation: 7, digest: bundle.digest() };
+                put("wire", &name, &offer_frame("seed", state, None, &write_whole(&bundle), 60, ""))?;
                 put("intent", &name, &serde_json::to_vec(&intent).map_err(|error| error.to_string())?)?;
                 let apply = Apply {
                     intent: intent.clone(),
@@ -215,6 +229,14 @@ fn seed() -> Result<(), String> {
                 }
             }
         }
+    }
+    // The first byte is the operation's number: one seed for each, of a body that fits some.
+    for which in 0..32u8 {
+        let mut bytes = vec![which];
+        bytes.extend(
+            br#"{"name":"web","files":[{"name":"a.yaml","text":"version: 1"}],"labels":{"a":"b"},"reason":"x"}"#,
+        );
+        put("api", &format!("seed.{which}"), &bytes)?;
     }
     let requests = [
         ("status", Request::Status),

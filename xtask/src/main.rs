@@ -2,6 +2,7 @@
 
 pub mod bench;
 mod ci;
+mod deb;
 mod fuzz;
 mod openapi;
 mod tidy;
@@ -18,6 +19,7 @@ Every day:
   tidy                 layers, lints, links and other things that the compiler does not hold
   ci                   fmt, clippy, tidy, cargo-deny, all tests: what CI runs
   openapi              docs/openapi.json and the client from control/api; --check only compares
+  deb                  the Debian package
   fuzz smoke           every fuzz target for a short while; see `fuzz help`
 
 Proofs (see CONTRIBUTING.md; those with real packets need root and use namespaces of their own):
@@ -35,6 +37,7 @@ const CHORES: &[(&str, Chore)] = &[
     ("tidy", tidy::run),
     ("ci", ci::run),
     ("openapi", openapi::run),
+    ("deb", deb::run),
     ("fuzz", fuzz::run),
     ("bench", bench::run),
     ("verdicts", verdicts::run),

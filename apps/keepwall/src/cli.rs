@@ -1,9 +1,13 @@
 //! The command line's words. Every help text is read by somebody who has never seen this program.
 
+mod fleet;
+
 use std::net::IpAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+
+pub use fleet::*;
 
 /// Cloud-grade security groups for machines you own.
 ///
@@ -16,6 +20,10 @@ Start here:
   keepwall up                      what this machine exposes, and how to protect it
   keepwall lab                     a small cloud on this machine, proved with real packets
   keepwall plan && keepwall apply  the everyday loop
+
+Several machines under one posture, with a server (keepwalld):
+  keepwall context add prod --server https://HOST:7440   then the same words are about its fleet
+  keepwall context none                                  and about this machine again
 
 Exit codes: 0 done, 1 failed, 2 wrong usage (or, for plan --detailed-exitcode, changes),
 3 failed policy tests or findings.")]
@@ -34,7 +42,13 @@ pub struct Global {
     /// The agent's local socket
     #[arg(long, global = true, env = "KEEPWALL_SOCKET", value_name = "PATH", default_value = keepwall_link::SOCKET)]
     pub socket: PathBuf,
-    /// Which instance of the posture this machine is [default: by host name]
+    /// Which server: https://HOST:PORT, http://127.0.0.1:PORT, unix:/PATH [env: KEEPWALL_SERVER=]
+    #[arg(long, global = true, value_name = "URL", conflicts_with = "context")]
+    pub server: Option<String>,
+    /// Which context's server; `none` is this machine [env: KEEPWALL_CONTEXT=]
+    #[arg(long, global = true, value_name = "NAME")]
+    pub context: Option<String>,
+    /// Which instance is meant [default: what this machine is, by host name]
     #[arg(long, global = true, env = "KEEPWALL_INSTANCE", value_name = "NAME")]
     pub instance: Option<String>,
     /// Print data as JSON
@@ -47,9 +61,9 @@ pub struct Global {
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Start the agent, observing only, and show what this machine exposes and how to protect it
+    /// Start agent and server, observing only, and show what this machine exposes and how to protect it
     Up(Up),
-    /// Stop the agent that `up` started; what is enforced stays enforced
+    /// Stop what `up` started; what is enforced stays enforced
     Down(Down),
     /// Show what listens on this machine and from where it can be reached
     Exposure,
@@ -69,7 +83,7 @@ pub enum Command {
     Apply(Apply),
     /// Keep what was applied. Run it in a session opened after the change
     Confirm(Confirm),
-    /// Take an unconfirmed change back now
+    /// Take an unconfirmed change back now; with a server, the change that is on its way
     Revert,
     /// Stop enforcing on this machine and forget its state
     Remove(Yes),
@@ -92,10 +106,48 @@ pub enum Command {
     /// Propose the smallest group that allows what this machine listens for
     Suggest(Suggest),
     /// Work with security groups: rules, members, import and export, snapshots
-    #[command(subcommand)]
-    Sg(Sg),
+    Sg(SgArgs),
     /// A small cloud in network namespaces on this machine: enforce an example and prove each line
     Lab(Lab),
+    /// Choose which server commands go to, or this machine
+    #[command(subcommand)]
+    Context(ContextCommand),
+    /// Log in at the server of a context
+    Login(Login),
+    /// End the session at the server of a context
+    Logout,
+    /// Show who you are at the server, and what you may
+    Whoami,
+    /// Posture of the fleet: what is declared, its history, return to an earlier one (needs a server)
+    #[command(subcommand)]
+    Posture(Posture),
+    /// Changes on their way through the fleet (needs a server)
+    #[command(subcommand)]
+    Rollout(Rollout),
+    /// Machines of the fleet (needs a server)
+    #[command(subcommand)]
+    Instance(Instance),
+    /// Tokens that let machines into the fleet (needs a server)
+    #[command(subcommand)]
+    Token(Token),
+    /// What was concluded about machines (needs a server)
+    #[command(subcommand)]
+    Finding(FindingCommand),
+    /// What machines report, and what happens now (needs a server)
+    #[command(subcommand)]
+    Event(EventCommand),
+    /// People who may log in (needs a server)
+    #[command(subcommand)]
+    User(User),
+    /// Accounts for programs (needs a server)
+    #[command(subcommand)]
+    ServiceAccount(ServiceAccount),
+    /// API keys (needs a server)
+    #[command(subcommand)]
+    Key(Key),
+    /// Who did what, and whether that record is whole (needs a server)
+    #[command(subcommand)]
+    Audit(Audit),
     /// Print shell completions
     Completions {
         /// Which shell
@@ -108,11 +160,59 @@ pub enum Command {
     },
 }
 
+impl Command {
+    /// Its word, if it is about this machine and no other.
+    pub fn only_here(&self) -> Option<&'static str> {
+        Some(match self {
+            Command::Up(_) => "up",
+            Command::Down(_) => "down",
+            Command::Exposure => "exposure",
+            Command::Confirm(_) => "confirm",
+            Command::Remove(_) => "remove",
+            Command::Verify => "verify",
+            Command::Debug => "debug",
+            Command::Trace(_) => "trace",
+            Command::Flows(_) => "flows",
+            Command::Counters => "counters",
+            Command::Suggest(_) => "suggest",
+            Command::Lab(_) => "lab",
+            _ => return None,
+        })
+    }
+
+    /// Its word, if it means nothing without a server.
+    pub fn only_there(&self) -> Option<&'static str> {
+        Some(match self {
+            Command::Login(_) => "login",
+            Command::Logout => "logout",
+            Command::Whoami => "whoami",
+            Command::Posture(_) => "posture",
+            Command::Rollout(_) => "rollout",
+            Command::Instance(_) => "instance",
+            Command::Token(_) => "token",
+            Command::Finding(_) => "finding",
+            Command::Event(_) => "event",
+            Command::User(_) => "user",
+            Command::ServiceAccount(_) => "service-account",
+            Command::Key(_) => "key",
+            Command::Audit(_) => "audit",
+            _ => return None,
+        })
+    }
+}
+
 #[derive(Debug, Args)]
 pub struct Up {
-    /// Only look: start no agent
-    #[arg(long)]
+    /// Only look: start nothing
+    #[arg(long, conflicts_with = "fleet")]
     pub no_agent: bool,
+    /// Start no server beside the agent
+    #[arg(long, conflicts_with = "fleet")]
+    pub no_server: bool,
+    /// Take this machine into the fleet of its own server: it is told by `keepwall --server …` from then on, and
+    /// changes are confirmed by contact with that server instead of by you in a new session
+    #[arg(long)]
+    pub fleet: bool,
     /// Where the agent keeps its state
     #[arg(long, value_name = "DIR", default_value = keepwall_link::STATE)]
     pub state: PathBuf,
@@ -174,7 +274,7 @@ pub struct Plan {
 pub struct Apply {
     /// A plan saved by `plan --out`; refused if the machine has moved on since
     pub plan: Option<PathBuf>,
-    /// Revert unless confirmed within this many seconds (5-3600)
+    /// Revert unless confirmed within this many seconds (5-3600); machines of a fleet confirm by themselves
     #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u32).range(5..=3600))]
     pub confirm_within: u32,
     /// Make it permanent at once: nothing reverts if you are locked out
@@ -192,6 +292,8 @@ pub struct Apply {
     /// Why, for the record
     #[arg(long, short = 'm', value_name = "TEXT", default_value = "")]
     pub note: String,
+    #[command(flatten)]
+    pub pace: Pace,
 }
 
 #[derive(Debug, Args)]
@@ -322,6 +424,15 @@ pub enum LabCommand {
     /// The lab's listeners, started by the lab itself
     #[command(hide = true)]
     Serve,
+}
+
+#[derive(Debug, Args)]
+pub struct SgArgs {
+    #[command(subcommand)]
+    pub command: Sg,
+    /// Do not ask. With a server, a change goes to the fleet at once; without, only to the file
+    #[arg(long, short = 'y', global = true)]
+    pub yes: bool,
 }
 
 #[derive(Debug, Subcommand)]

@@ -81,10 +81,7 @@ fn digest(text: &str) -> Result<[u8; 32], Failure> {
     let mut out = [0; 32];
     for (n, place) in out.iter_mut().enumerate() {
         *place = byte(n).filter(|_| plain.len() == 64 && plain.is_ascii()).ok_or_else(|| {
-            Failure::new(
-                "a SHA-256 has 64 hexadecimal digits",
-                "openssl x509 -in ca.pem -outform DER | sha256sum",
-            )
+            Failure::new("a SHA-256 has 64 hexadecimal digits", "openssl x509 -in ca.pem -outform DER | sha256sum")
         })?;
     }
     Ok(out)
@@ -110,7 +107,11 @@ impl Contexts {
         let mode = file.metadata().map_err(failed)?.mode();
         if mode & 0o077 != 0 {
             return Err(Failure::new(
-                format!("{} may be read or changed by others (mode {:o}); tokens are in it", path.display(), mode & 0o777),
+                format!(
+                    "{} may be read or changed by others (mode {:o}); tokens are in it",
+                    path.display(),
+                    mode & 0o777
+                ),
                 format!("if nobody did: chmod 600 {}; else log in anew after that", path.display()),
             ));
         }
@@ -290,7 +291,10 @@ pub fn run(context: &Context, command: &ContextCommand) -> Result<u8, Failure> {
         return Ok(0);
     }
     if let ContextCommand::Remove { name } = command {
-        ui::out(format!("{} {name} is forgotten here. A session that was open ends by itself within a day.", ui::green("✓")));
+        ui::out(format!(
+            "{} {name} is forgotten here. A session that was open ends by itself within a day.",
+            ui::green("✓")
+        ));
     }
     match contexts.current.as_deref().and_then(|name| Some((name, contexts.contexts.get(name)?))) {
         None => ui::out(format!("{} Commands are about this machine.", ui::green("✓"))),
@@ -320,10 +324,12 @@ fn list(context: &Context, contexts: &Contexts) -> Result<u8, Failure> {
     };
     if context.global.json {
         let rows: Vec<_> = (contexts.contexts.iter())
-            .map(|(name, entry)| serde_json::json!({
-                "name": name, "current": contexts.current.as_ref() == Some(name), "server": entry.server,
-                "trust": trust(entry), "user": entry.user, "logged_in": entry.token.is_some(),
-            }))
+            .map(|(name, entry)| {
+                serde_json::json!({
+                    "name": name, "current": contexts.current.as_ref() == Some(name), "server": entry.server,
+                    "trust": trust(entry), "user": entry.user, "logged_in": entry.token.is_some(),
+                })
+            })
             .collect();
         ui::json(&rows);
         return Ok(0);

@@ -24,6 +24,7 @@ use crate::agent::unexpected;
 use crate::cli;
 use crate::daemons::{self, Daemon};
 use crate::failure::Failure;
+use crate::own;
 use crate::posture;
 use crate::ui;
 
@@ -196,11 +197,30 @@ pub fn up(context: &Context, args: &cli::Up) -> Result<u8, Failure> {
         agent = "has started and observes only";
         crate::enroll::resume(context)?;
     }
+    // What this machine exposes is shown also if the server does not start.
+    let wanted = !args.no_agent && !args.no_server;
+    let server = if wanted { own::start(context, &args.state).map(Some) } else { Ok(None) };
+    show_up(context, agent, &server, started)?;
+    let runs = server?.is_some();
+    if runs && args.fleet {
+        ui::out("");
+        own::join(context, &args.state)?;
+    }
+    Ok(0)
+}
+
+fn show_up(
+    context: &Context,
+    agent: &str,
+    server: &Result<Option<bool>, Failure>,
+    started: Instant,
+) -> Result<(), Failure> {
     let Seen { interfaces, rows, intent } = look(context)?;
     let proposal = propose(&interfaces, rows.iter().map(|r| &r.listener), &[]);
+    let runs = matches!(server, Ok(Some(_)));
     if context.global.json {
-        ui::json(&serde_json::json!({ "agent": agent, "exposed": rows, "proposal": proposal }));
-        return Ok(0);
+        ui::json(&serde_json::json!({ "agent": agent, "server": runs, "exposed": rows, "proposal": proposal }));
+        return Ok(());
     }
     ui::out(ui::bold("What this machine exposes"));
     ui::out("");
@@ -219,7 +239,10 @@ pub fn up(context: &Context, args: &cli::Up) -> Result<u8, Failure> {
             ui::green("✓"),
             intent.instance
         ));
-        return Ok(0);
+        if runs {
+            own::say(context);
+        }
+        return Ok(());
     }
     ui::out("");
     ui::out(ui::bold("The security group that allows just this"));
@@ -237,10 +260,18 @@ pub fn up(context: &Context, args: &cli::Up) -> Result<u8, Failure> {
     ui::out("");
     let took = started.elapsed().as_secs_f32();
     ui::out(ui::dim(&format!("The agent {agent}; nothing is blocked. ({took:.1} s)")));
-    Ok(0)
+    if runs {
+        own::say(context);
+    }
+    Ok(())
 }
 
 pub fn down(context: &Context, args: &cli::Down) -> Result<u8, Failure> {
+    // Nobody is told anything more before the one who would be told ends.
+    crate::enroll::pause(context)?;
+    if own::stop(context)? {
+        ui::out(format!("{} The server has ended; what it knows stays.", ui::green("✓")));
+    }
     if !context.agent.is_up() {
         ui::out(format!("{} No agent is running.", ui::green("✓")));
         return Ok(0);
@@ -249,7 +280,6 @@ pub fn down(context: &Context, args: &cli::Down) -> Result<u8, Failure> {
     if args.remove {
         crate::plan::remove(context, true)?;
     }
-    crate::enroll::pause(context)?;
     let process = Process::open(status.pid)?;
     process.signal(Signal::Terminate)?;
     if !process.wait(Some(Duration::from_secs(5)))? {

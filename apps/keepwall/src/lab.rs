@@ -50,6 +50,11 @@ impl Drop for Guard {
     }
 }
 
+/// True for what the lab starts in its machines: they have no server to choose.
+pub fn is_internal(args: &cli::Lab) -> bool {
+    matches!(args.command, Some(LabCommand::Serve))
+}
+
 pub fn run(context: &Context, args: &cli::Lab) -> Result<u8, Failure> {
     if let Some(LabCommand::Serve) = &args.command {
         serve::run().map_err(failed)?;

@@ -282,7 +282,19 @@ fn move_places(context: &Context, intent: Intent, base: Generation) -> Result<()
     }
 }
 
+/// A machine of a fleet is not planned for by hand: what would be shown could not be applied.
+fn must_be_its_own(context: &Context) -> Result<(), Failure> {
+    let Some(server) = status(context)?.server else { return Ok(()) };
+    let own = context.global.socket.with_file_name("server.sock");
+    let help = match own.exists() {
+        true => format!("ask its own server: keepwall --server unix:{} …; or keepwall leave", own.display()),
+        false => "choose that server (keepwall context add); or take this machine out: keepwall leave".to_owned(),
+    };
+    Err(Failure::new(format!("this machine is in the fleet of {server}, which decides what is enforced here"), help))
+}
+
 pub fn plan(context: &Context, args: &cli::Plan) -> Result<u8, Failure> {
+    must_be_its_own(context)?;
     let (_, intent, tests) = make(context, args.observe)?;
     let (before, status) = current(context)?;
     let difference = compare(before.as_ref(), &intent);
@@ -341,23 +353,34 @@ fn read_plan(path: &Path) -> Result<Saved, Failure> {
 }
 
 /// Asks a person; without a terminal there is nobody to ask.
-fn agreed(question: &str, yes: bool) -> Result<bool, Failure> {
+pub fn agreed(question: &str, yes: bool) -> Result<bool, Failure> {
     if yes {
         return Ok(true);
     }
     if !std::io::stdin().is_terminal() {
         return Err(Failure::new(
-            "this would change what the machine enforces, and there is nobody to ask",
-            "look at `keepwall plan`, then add --yes",
+            format!("there is nobody to ask: {question}"),
+            "nothing was changed; look at what it would do, then add --yes",
         ));
     }
     ui::say(format!("{question} [y/N] "));
     let mut line = String::new();
     std::io::stdin().lock().read_line(&mut line)?;
-    Ok(matches!(line.trim().to_lowercase().as_str(), "y" | "yes"))
+    let agreed = matches!(line.trim().to_lowercase().as_str(), "y" | "yes");
+    if !agreed {
+        ui::say("Nothing was changed.");
+    }
+    Ok(agreed)
 }
 
 pub fn apply(context: &Context, args: &cli::Apply) -> Result<u8, Failure> {
+    if !args.pace.is_usual() {
+        return Err(Failure::new(
+            "waves are for a fleet, and no server is chosen",
+            "choose one with --server, --context or `keepwall context use`; or leave them out for this machine",
+        ));
+    }
+    must_be_its_own(context)?;
     let (before, status) = current(context)?;
     let (intent, base) = match &args.plan {
         Some(path) => {
@@ -379,7 +402,6 @@ pub fn apply(context: &Context, args: &cli::Apply) -> Result<u8, Failure> {
         ui::out("");
     }
     if !agreed("Apply this?", args.yes)? {
-        ui::say("Nothing was changed.");
         return Ok(1);
     }
     let request = Request::Apply(Box::new(keepwall_link::Apply {
@@ -469,7 +491,6 @@ pub fn revert(context: &Context) -> Result<u8, Failure> {
 
 pub fn remove(context: &Context, yes: bool) -> Result<u8, Failure> {
     if !agreed("Stop enforcing on this machine? Everything that listens becomes reachable again.", yes)? {
-        ui::say("Nothing was changed.");
         return Ok(1);
     }
     done(context, Request::Remove)

@@ -25,7 +25,27 @@ pub fn locate(named: Option<&Path>) -> Result<PathBuf, Failure> {
     })
 }
 
-/// The files of a posture: itself, or every `.yaml` and `.yml` of a directory by name.
+/// How deep a posture's directories go: those that hold it, and not a link to all of the disk.
+const DEPTH_MAX: usize = 8;
+
+/// Every `.yaml` and `.yml` below a directory. What is hidden (`.git`, our own `.keepwall`) is not looked at.
+fn collect(directory: &Path, depth: usize, found: &mut Vec<PathBuf>) -> std::io::Result<()> {
+    for entry in fs::read_dir(directory)? {
+        let path = entry?.path();
+        let hidden = path.file_name().is_none_or(|name| name.as_encoded_bytes().starts_with(b"."));
+        if hidden || found.len() > keepwall_posture::FILES_MAX {
+            continue;
+        }
+        if path.is_dir() && depth < DEPTH_MAX {
+            collect(&path, depth + 1, found)?;
+        } else if path.extension().is_some_and(|e| e == "yaml" || e == "yml") {
+            found.push(path);
+        }
+    }
+    Ok(())
+}
+
+/// The files of a posture: itself, or every `.yaml` and `.yml` of a directory, with those below, by name.
 pub fn read(path: &Path) -> Result<Vec<SourceFile>, Failure> {
     let failed = |path: &Path, error: std::io::Error| {
         Failure::new(format!("cannot read {}: {error}", path.display()), "check the path and that you may read it")
@@ -33,11 +53,8 @@ pub fn read(path: &Path) -> Result<Vec<SourceFile>, Failure> {
     let metadata = fs::metadata(path).map_err(|error| failed(path, error))?;
     let mut paths = vec![path.to_owned()];
     if metadata.is_dir() {
-        paths = fs::read_dir(path)
-            .map_err(|error| failed(path, error))?
-            .filter_map(|entry| Some(entry.ok()?.path()))
-            .filter(|path| path.extension().is_some_and(|e| e == "yaml" || e == "yml"))
-            .collect();
+        paths.clear();
+        collect(path, 0, &mut paths).map_err(|error| failed(path, error))?;
         paths.sort();
         if paths.is_empty() {
             return Err(Failure::new(format!("{} holds no .yaml file", path.display()), "put the posture there"));
@@ -87,7 +104,7 @@ pub fn checked(files: &[SourceFile]) -> Result<Checked, Failure> {
     })
 }
 
-fn refusal(count: usize) -> Failure {
+pub fn refusal(count: usize) -> Failure {
     let s = if count == 1 { "" } else { "s" };
     Failure::new(format!("the posture has {count} problem{s}; nothing was changed"), "")
 }
@@ -95,18 +112,24 @@ fn refusal(count: usize) -> Failure {
 /// A checker's problem in the form of the parser's: place, message, the line, the way out.
 fn located(files: &[SourceFile], problem: &keepwall_secgroup::check::Problem) -> String {
     let place = &problem.place;
-    let mut text = match place.line {
-        0 => format!("error: {}", problem.message),
-        line => format!("{}:{line}:{}: error: {}", place.file, place.column, problem.message),
-    };
+    let (line, column) = (place.line as usize, place.column as usize);
     let file = files.iter().find(|file| *file.name == *place.file);
-    if let Some(line) = file.and_then(|f| f.text.lines().nth((place.line as usize).checked_sub(1)?)) {
+    let text = file.and_then(|file| file.text.lines().nth(line.checked_sub(1)?));
+    let place = if line == 0 { String::new() } else { format!("{}:{line}:{column}", place.file) };
+    with_line(&place, &problem.message, text.map(|text| (text, line, column)), &problem.help)
+}
+
+/// A problem with its place, if it has one, and the line (text, number, column) that it is in.
+pub fn with_line(place: &str, message: &str, line: Option<(&str, usize, usize)>, help: &str) -> String {
+    let mut text = if place.is_empty() { String::new() } else { format!("{place}: ") };
+    text.push_str(&format!("error: {message}"));
+    if let Some((line, number, column)) = line {
         let shown: String = line.chars().take(160).collect();
-        let caret = " ".repeat((place.column as usize).saturating_sub(1).min(160));
-        text.push_str(&format!("\n{:>5} | {shown}\n      | {caret}^", place.line));
+        let caret = " ".repeat(column.saturating_sub(1).min(160));
+        text.push_str(&format!("\n{number:>5} | {shown}\n      | {caret}^"));
     }
-    if !problem.help.is_empty() {
-        text.push_str(&format!("\n      = {}", problem.help));
+    if !help.is_empty() {
+        text.push_str(&format!("\n      = {help}"));
     }
     text.push('\n');
     text

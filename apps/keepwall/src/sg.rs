@@ -1,7 +1,6 @@
 //! Security groups in the posture file: every edit keeps comments, is checked whole, and can be taken back.
 
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use keepwall_link::{Request, Response};
 use keepwall_posture::edit::{self, EditError, Edited, NewGroup, RuleChange, RuleSelector};
@@ -16,6 +15,7 @@ use crate::cli::{AccessWord, Format, Membership, RuleArgs, RuleCommand, RuleRemo
 use crate::failure::Failure;
 use crate::plan::say_rule;
 use crate::posture;
+use crate::time::{now, utc};
 use crate::ui;
 
 /// All changes within this time give one snapshot, of the rules before the first (semantics §1.10).
@@ -154,7 +154,7 @@ impl Desk {
 
     /// Keeps what the group's rules were, unless that was done a moment ago.
     fn snapshot(&self, group: &str) -> Result<(), Failure> {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+        let now = now();
         let directory = self.snapshot_directory(group);
         let known = ids(&directory);
         if known.last().is_some_and(|last| now.saturating_sub(*last) < SNAPSHOT_EVERY_S) {
@@ -369,19 +369,19 @@ fn member(context: &Context, membership: &Membership, joins: bool) -> Result<u8,
 
 /// A rule in words of the command line.
 #[derive(Default)]
-struct Words<'a> {
-    drop: bool,
-    protocol: &'a str,
-    ports: Option<&'a str>,
-    peers: &'a str,
-    priority: u8,
-    local: Option<&'a str>,
-    source_ports: Option<&'a str>,
-    description: &'a str,
+pub struct Words<'a> {
+    pub drop: bool,
+    pub protocol: &'a str,
+    pub ports: Option<&'a str>,
+    pub peers: &'a str,
+    pub priority: u8,
+    pub local: Option<&'a str>,
+    pub source_ports: Option<&'a str>,
+    pub description: &'a str,
 }
 
 /// Words as a rule. Goes through the same reading as a snapshot's rules.
-fn rule(said: &Words<'_>) -> Result<NewRule, Failure> {
+pub fn rule(said: &Words<'_>) -> Result<NewRule, Failure> {
     let Words { drop, protocol, ports, peers, priority, local, source_ports, description } = *said;
     let words = |text: &str| -> Vec<String> {
         text.split(',').map(|w| w.trim().to_owned()).filter(|w| !w.is_empty()).collect()
@@ -551,29 +551,4 @@ fn restore(context: &Context, group: &str, id: &str) -> Result<u8, Failure> {
     desk.change(at, Some(group), &format!("{group} has the rules of {}", utc(snapshot.taken_at_s)), |text| {
         edit::replace_rules(text, group, &snapshot.ingress, &snapshot.egress)
     })
-}
-
-/// Seconds since 1970 as `2026-11-21 23:32:57` (Howard Hinnant's civil-from-days, by arithmetic alone).
-fn utc(seconds: u64) -> String {
-    let (days, rest) = (seconds / 86_400, seconds % 86_400);
-    let z = days + 719_468;
-    let era = z / 146_097;
-    let of_era = z % 146_097;
-    let year_of_era = (of_era - of_era / 1_460 + of_era / 36_524 - of_era / 146_096) / 365;
-    let of_year = of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let shifted = (5 * of_year + 2) / 153;
-    let day = of_year - (153 * shifted + 2) / 5 + 1;
-    let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
-    let year = year_of_era + era * 400 + u64::from(month <= 2);
-    format!("{year:04}-{month:02}-{day:02} {:02}:{:02}:{:02}", rest / 3_600, rest % 3_600 / 60, rest % 60)
-}
-
-#[cfg(test)]
-mod tests {
-    #[test]
-    fn seconds_are_shown_as_a_date() {
-        assert_eq!(super::utc(0), "1970-01-01 00:00:00");
-        assert_eq!(super::utc(951_782_400), "2000-02-29 00:00:00");
-        assert_eq!(super::utc(1_795_303_977), "2026-11-21 23:32:57");
-    }
 }

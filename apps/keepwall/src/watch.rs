@@ -28,6 +28,9 @@ pub fn status(context: &Context) -> Result<u8, Failure> {
         "{mode}{instance}  {}",
         ui::dim(&format!("agent {} (process {}), up {} s", status.version, status.pid, status.uptime_s))
     ));
+    if let Some(server) = &status.server {
+        ui::out(format!("  in the fleet of {server}, which decides what is enforced here"));
+    }
     if let Some(pending) = &status.pending {
         ui::out(format!(
             "{} {} reverts in {} s unless somebody runs `keepwall confirm` in a new session",

@@ -7,7 +7,10 @@ use std::process::{Command, Output};
 fn keepwall(posture: &Path, arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_keepwall"))
         .env("NO_COLOR", "1")
+        .env("XDG_CONFIG_HOME", "/nonexistent")
         .env_remove("KEEPWALL_SOCKET")
+        .env_remove("KEEPWALL_SERVER")
+        .env_remove("KEEPWALL_CONTEXT")
         .args(["--socket", "/nonexistent/agent.sock", "--posture"])
         .arg(posture)
         .args(arguments)

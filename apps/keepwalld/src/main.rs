@@ -2,9 +2,13 @@
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use keepwall_server::config::{self, Config};
 use keepwall_server::run::{Running, database, seal, state_directory};
+
+/// How often free memory is given back.
+const TRIM_EVERY: Duration = Duration::from_secs(20);
 
 const HELP: &str = "\
 keepwalld is Keepwall's control plane: API, store, controller.
@@ -113,11 +117,23 @@ fn perform(arguments: &Arguments, config: &Config) -> Result<ExitCode, String> {
 }
 
 fn runtime() -> Result<tokio::runtime::Runtime, String> {
+    keepwall_host::memory::one_arena();
     tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(|error| error.to_string())
 }
 
 async fn run(config: &Config) -> Result<(), String> {
     keepwall_server::run::log(config);
+    // Storms leave holes; what is free goes back to the machine.
+    std::thread::Builder::new()
+        .name("memory".into())
+        .stack_size(64 * 1024)
+        .spawn(|| {
+            loop {
+                std::thread::sleep(TRIM_EVERY);
+                keepwall_host::memory::trim();
+            }
+        })
+        .map_err(|error| error.to_string())?;
     use tokio::signal::unix::{SignalKind, signal};
     let mut terminate = signal(SignalKind::terminate()).map_err(|error| error.to_string())?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(|error| error.to_string())?;
@@ -159,7 +175,10 @@ async fn verify(config: &Config) -> Result<ExitCode, String> {
     let store = keepwall_server::run::open_store(config, &seal).await?;
     match keepwall_server::run::verify_audit(&store, &seal).await.map_err(|error| error.to_string())? {
         Ok(verified) => {
-            say(&format!("{} lines, all as they were written; the last one's seal is {}", verified.lines, verified.mac));
+            say(&format!(
+                "{} lines, all as they were written; the last one's seal is {}",
+                verified.lines, verified.mac
+            ));
             Ok(ExitCode::SUCCESS)
         }
         Err(broken) => {

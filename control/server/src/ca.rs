@@ -170,10 +170,7 @@ impl Authority {
     ///
     /// # Errors
     /// A name that no certificate can bear.
-    pub fn server(
-        &self,
-        names: &[String],
-    ) -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>), String> {
+    pub fn server(&self, names: &[String]) -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>), String> {
         let key = self.server_key()?;
         let mut params = CertificateParams::new(vec![SERVER_NAME.to_owned()]).map_err(|error| error.to_string())?;
         for name in names {

@@ -9,8 +9,9 @@ use serde::Deserialize;
 pub const PATH: &str = "/etc/keepwall/server.toml";
 /// Where the server keeps its state unless told otherwise.
 pub const STATE: &str = "/var/lib/keepwall/server";
-/// The API's local socket: root is admin there, by the kernel's word.
-pub const SOCKET: &str = "/run/keepwall/server.sock";
+/// The API's local socket: root is admin there, by the kernel's word. In a directory of the server's own: the one above
+/// is root's, who makes `/run/keepwall/server.sock` lead here.
+pub const SOCKET: &str = "/run/keepwall/server/api.sock";
 
 /// All of it.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]

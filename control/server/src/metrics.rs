@@ -97,4 +97,3 @@ async fn text(fleet: &Fleet) -> String {
     gauge("rollout_active", "1 while a rollout is on its way or stopped.", f64::from(u8::from(count.rollout)));
     out
 }
-

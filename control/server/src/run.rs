@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use keepwall_store::audit::{Broken, Verified, Verifier};
 use keepwall_store::postgres::PostgresStore;
 use keepwall_store::sqlite::SqliteStore;
-use keepwall_store::audit::{Broken, Verified, Verifier};
 use keepwall_store::{PAGE_MAX, Retention, Store, StoreError, Stream};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{Semaphore, watch};
@@ -22,8 +22,8 @@ use crate::auth::{Auth, AuthSettings};
 use crate::ca::Authority;
 use crate::config::{Config, RetentionConfig};
 use crate::fleet::{Fleet, FleetSettings, now_ms};
-use crate::seal::{Seal, random};
 use crate::metrics;
+use crate::seal::{Seal, random};
 
 /// Connections to the API at once; more wait in the kernel's queue.
 const API_CONNECTIONS_MAX: usize = 4_096;
@@ -155,7 +155,6 @@ impl Running {
         let limits = AgentLimits { connections_max: config.agents.connections_max, ..AgentLimits::default() };
         let programs = config.agents.programs.clone().or_else(own_directory);
         tokio::spawn(Agents::serve(Arc::clone(&fleet), agents, tls, limits, programs, stopped.clone()));
-        tokio::spawn(metrics::serve(Arc::clone(&fleet), metrics, stopped.clone()));
 
         let acceptor = if config.api_tls() { Some(api_tls(config, &authority, &names)?) } else { None };
         tokio::spawn(serve_tcp(api, acceptor, routes.clone(), stopped.clone()));
@@ -163,7 +162,9 @@ impl Running {
             let socket = local_socket(&config.api.socket)?;
             tokio::spawn(serve_socket(socket, routes, stopped.clone()));
         }
-        tokio::spawn(keep_house(Arc::clone(&store), auth, config.retention, stopped));
+        tokio::spawn(keep_house(Arc::clone(&store), auth, config.retention, stopped.clone()));
+        // Last: who sees the metrics finds all doors open.
+        tokio::spawn(metrics::serve(Arc::clone(&fleet), metrics, stopped));
         tracing::info!(api = %api_at, agents = %agents_at, metrics = %metrics_at, tls = config.api_tls(), "listening");
         Ok(Running { api: api_at, agents: agents_at, metrics: metrics_at, fleet, stop })
     }

@@ -3,4 +3,4 @@
 pub mod door;
 pub mod state;
 
-pub use keepwall_sys::{clock, namespace, peer, process};
+pub use keepwall_sys::{clock, memory, namespace, peer, process};

@@ -314,6 +314,8 @@ pub fn keepwall(
 ) -> Result<Output, Error> {
     let mut command = Command::new(&programs.keepwall);
     command.arg("--posture").arg(posture).arg("--socket").arg(socket(name)).args(["--instance", name, "--no-color"]);
+    // Whatever server its user has chosen: the lab's machines are meant.
+    command.args(["--context", "none"]);
     command.args(arguments).stdin(Stdio::null()).env_remove("SSH_CONNECTION");
     if let Some(ssh) = ssh {
         command.env("SSH_CONNECTION", ssh);

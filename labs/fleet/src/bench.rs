@@ -224,7 +224,7 @@ fn until(what: &str, mut holds: impl FnMut() -> bool) -> Result<Duration, String
         if begun.elapsed() > PATIENCE {
             return Err(format!("after {PATIENCE:?} still not: {what}"));
         }
-        std::thread::sleep(Duration::from_millis(5));
+        std::thread::sleep(Duration::from_millis(25));
     }
     Ok(begun.elapsed())
 }

@@ -95,13 +95,19 @@ impl Machine for StandIn {
         self.log.begun.lock().unwrap_or_else(PoisonError::into_inner).push((state.generation, now_us()));
         let mut disk = self.disk();
         let mut wrong = Vec::new();
+        let name = format!("\"instance\":\"{}\"", self.instance);
+        let mine = String::from_utf8_lossy(bundle.rules()).contains(&name);
+        if !mine {
+            wrong.push(format!("{} was told what is for another", self.instance));
+        }
         if state.generation < disk.tried.generation {
             wrong.push(format!("{}: {} after {}", self.instance, state.generation, disk.tried.generation));
         }
-        match bundle.intent() {
-            Ok(intent) if *intent.instance == *self.instance => {}
-            Ok(intent) => wrong.push(format!("{} was told what is for {}", self.instance, intent.instance)),
-            Err(error) => wrong.push(format!("{}: {error}", self.instance)),
+        // What a real machine does on its own processor is left out where thousands share one.
+        if self.log.prove.load(Ordering::SeqCst)
+            && let Err(error) = bundle.intent()
+        {
+            wrong.push(format!("{}: {error}", self.instance));
         }
         self.log.wrong.lock().unwrap_or_else(PoisonError::into_inner).extend(wrong);
         disk.tried = state;

@@ -133,58 +133,74 @@ impl World {
         self.resolver.resolve(&self.checked, instance).ok()
     }
 
-    /// What leads a machine that holds `base` of an earlier world to this one. The change of a machine whose rules
-    /// stay has a key by which machines share it. `None` if that world knew nothing of `base`.
+    /// What leads a machine that holds `base` of an earlier world to this one: which of its parts differ. `None` if
+    /// that world knew nothing of `base`. Cheap; [`World::change`] then makes it.
     #[must_use]
-    pub fn change(&self, instance: &str, base: &Digest, before: &Print) -> Option<Shared> {
+    pub fn difference<'a>(&'a self, instance: &str, base: &Digest, before: &'a Print) -> Option<Difference<'a>> {
         let (new, old) = (self.print.instances.get(instance)?, before.instances.get(instance)?);
         if old.digest != *base {
             return None;
         }
-        let rules =
-            (new.rules != old.rules).then(|| told(&self.resolver, &self.checked, instance)).flatten();
-        if new.rules != old.rules && rules.is_none() {
-            return None;
-        }
-        let none: Arc<[Prefix]> = Arc::new([]);
-        let changed: Vec<&Arc<str>> = (new.sets.iter())
-            .filter(|name| {
-                before.sets.get(*name).map(|(_, digest)| digest) != Some(&self.print.sets[*name].1)
-                    || !old.sets.contains(name)
-            })
-            .collect();
-        let gone: Vec<&Arc<str>> = old.sets.iter().filter(|name| !new.sets.contains(name)).collect();
-        let key = rules.is_none().then(|| {
-            let parts = changed.iter().map(|n| ('~', n)).chain(gone.iter().map(|n| ('-', n)));
-            // What this machine had of a set before matters as well: it may have had none of it.
-            parts.map(|(sign, name)| format!("{sign}{}{name}\n", u8::from(old.sets.contains(*name)))).collect()
-        });
-        let sets = || {
-            let set = |name: &&Arc<str>| {
-                let had =
-                    if old.sets.contains(*name) { before.sets.get(*name).map_or(&none, |(m, _)| m) } else { &none };
-                bundle::between(name, had, &self.print.sets[*name].0)
-            };
-            changed.iter().map(set).collect()
+        let differs = |name: &&Arc<str>| {
+            before.sets.get(*name).map(|(_, digest)| digest) != Some(&self.print.sets[*name].1)
+                || !old.sets.contains(name)
         };
-        Some(Shared {
-            key,
-            change: Change {
-                rules: rules.map(|rules| json(&rules)),
-                sets: sets(),
-                gone: gone.iter().map(|name| name.to_string()).collect(),
-            },
+        Some(Difference {
+            rules: new.rules != old.rules,
+            // What this machine had of a set before matters as well: it may have had none of it.
+            sets: new.sets.iter().filter(differs).map(|name| (name, old.sets.contains(name))).collect(),
+            gone: old.sets.iter().filter(|name| !new.sets.contains(name)).collect(),
+        })
+    }
+
+    /// Makes a change.
+    #[must_use]
+    pub fn change(&self, instance: &str, difference: &Difference<'_>, before: &Print) -> Option<Change> {
+        let rules = match difference.rules {
+            true => Some(json(&told(&self.resolver, &self.checked, instance)?)),
+            false => None,
+        };
+        let none: Arc<[Prefix]> = Arc::new([]);
+        let set = |(name, had): &(&Arc<str>, bool)| {
+            let had = if *had { before.sets.get(*name).map_or(&none, |(members, _)| members) } else { &none };
+            bundle::between(name, had, &self.print.sets[*name].0)
+        };
+        Some(Change {
+            rules,
+            sets: difference.sets.iter().map(set).collect(),
+            gone: difference.gone.iter().map(|name| name.to_string()).collect(),
         })
     }
 }
 
-/// A change, and by which key it is the same for others.
+/// Which parts of a machine's bundle differ.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Shared {
-    /// `None` if it is this machine's alone.
-    pub key: Option<String>,
-    /// What changes.
-    pub change: Change,
+pub struct Difference<'a> {
+    rules: bool,
+    sets: Vec<(&'a Arc<str>, bool)>,
+    gone: Vec<&'a Arc<str>>,
+}
+
+impl Difference<'_> {
+    /// By what machines share one change; `None` if it is one machine's alone.
+    #[must_use]
+    pub fn key(&self) -> Option<String> {
+        if self.rules {
+            return None;
+        }
+        let mut key = String::new();
+        for (name, had) in &self.sets {
+            key.push(if *had { '~' } else { '+' });
+            key.push_str(name);
+            key.push('\n');
+        }
+        for name in &self.gone {
+            key.push('-');
+            key.push_str(name);
+            key.push('\n');
+        }
+        Some(key)
+    }
 }
 
 impl Print {
@@ -299,8 +315,12 @@ pub fn representatives(checked: &Checked, instances_max: usize) -> Option<Checke
         return None;
     }
     let named: HashSet<String> = spec.tests.iter().flat_map(|t| [t.from.to_string(), t.to.to_string()]).collect();
-    let hosts: HashSet<&str> =
-        spec.instances.iter().flat_map(|i| &i.interfaces).filter_map(|n| Some(n.host.as_ref()?.name.as_str())).collect();
+    let hosts: HashSet<&str> = spec
+        .instances
+        .iter()
+        .flat_map(|i| &i.interfaces)
+        .filter_map(|n| Some(n.host.as_ref()?.name.as_str()))
+        .collect();
     let mut kinds: HashMap<Vec<Vec<&str>>, u8> = HashMap::new();
     let mut small = spec.clone();
     let mut keep = Vec::with_capacity(spec.instances.len());

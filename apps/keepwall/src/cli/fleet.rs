@@ -125,7 +125,7 @@ pub enum ContextCommand {
     },
     /// Write down a server under a name, and use it
     Add {
-        /// A name for it: letters, digits, - _ .
+        /// A name for it: letters, digits, and - . _
         name: String,
         /// PEM file with the authority that vouches for the server
         #[arg(long, value_name = "FILE", conflicts_with = "ca_sha256")]
@@ -242,8 +242,8 @@ pub struct OneOf {
 pub enum Token {
     /// Make a token that lets machines into the fleet, and print what to run on them
     #[command(after_help = "\
-With --instance NAME the token is for the one machine that will have this name; without, a machine is
-called by its host name.")]
+With --instance NAME the token is for the one machine that will have this name;
+without, a machine is called by its host name.")]
     Create {
         /// Label that the machine gets; may be repeated
         #[arg(long = "label", value_name = "KEY=VALUE", value_parser = label)]
@@ -362,8 +362,8 @@ Roles:
   operator  keeps machines and rollouts
   security  changes the posture; reads the audit log
   admin     everything
-Behind a colon stand labels that a machine must carry: operator:env=test,role=web. Without them a role
-holds everywhere.";
+Behind a colon stand labels that a machine must carry: operator:env=test,role=web.
+Without them a role holds everywhere.";
 
 #[derive(Debug, Subcommand)]
 pub enum Totp {
@@ -509,7 +509,10 @@ mod tests {
         for bad in ["0", "0%", "101%", "env=", "=x", "ten"] {
             assert!(wave(bad).is_err(), "{bad}");
         }
-        assert_eq!(binding("operator:env=test,role=web").unwrap(), BindingBody { role: RoleWord::Operator, scope: labels });
+        assert_eq!(
+            binding("operator:env=test,role=web").unwrap(),
+            BindingBody { role: RoleWord::Operator, scope: labels }
+        );
         assert!(binding("root").unwrap_err().contains("viewer"));
     }
 }

@@ -75,10 +75,9 @@ pub fn user(context: &Context, server: &Server, command: &User) -> Result<u8, Fa
                     client.change_user(name, &change, None)?;
                     done(json, &format!("{name} has a new password, and all their sessions have ended"))
                 }
-                _ if me.user.is_empty() => Err(Failure::new(
-                    format!("{} has no password", me.actor),
-                    "name a user: keepwall user passwd NAME",
-                )),
+                _ if me.user.is_empty() => {
+                    Err(Failure::new(format!("{} has no password", me.actor), "name a user: keepwall user passwd NAME"))
+                }
                 _ => {
                     let current = secret::password("Password that holds now: ")?;
                     let new = secret::new_password("New password (12 characters or more): ")?;
@@ -95,7 +94,8 @@ pub fn user(context: &Context, server: &Server, command: &User) -> Result<u8, Fa
         User::Disable { name, undo } => {
             let change = UserChange { disabled: Some(!undo), ..UserChange::default() };
             client.change_user(name, &change, None)?;
-            let word = if *undo { "may log in again" } else { "is shut out: no session and no key of theirs is accepted" };
+            let word =
+                if *undo { "may log in again" } else { "is shut out: no session and no key of theirs is accepted" };
             done(json, &format!("{name} {word}"))
         }
         User::Totp(Totp::Enable) => enable_totp(server, json),

@@ -47,7 +47,12 @@ fn must_hold(files: &[PostureFile], report: &Report) -> Result<(), Failure> {
             let file = files.iter().find(|file| file.name == name)?;
             Some((file.text.lines().nth(line.checked_sub(1)?)?.to_owned(), line, column))
         });
-        ui::say(posture::with_line(&problem.place, &problem.message, text.as_ref().map(|(t, l, c)| (t.as_str(), *l, *c)), &problem.help));
+        ui::say(posture::with_line(
+            &problem.place,
+            &problem.message,
+            text.as_ref().map(|(t, l, c)| (t.as_str(), *l, *c)),
+            &problem.help,
+        ));
     }
     if !report.problems.is_empty() {
         return Err(posture::refusal(report.problems.len()));
@@ -127,10 +132,7 @@ pub fn health(context: &Context, server: &Server) -> Result<u8, Failure> {
     if context.global.json {
         ui::json(&report.findings);
     } else if report.findings.is_empty() {
-        ui::out(format!(
-            "{} Nothing to say: every rule decides something, and none is wide open.",
-            ui::green("✓")
-        ));
+        ui::out(format!("{} Nothing to say: every rule decides something, and none is wide open.", ui::green("✓")));
     } else {
         say_findings(&report);
     }
@@ -173,17 +175,17 @@ impl Planned {
         Ok(Planned { files, before, report })
     }
 
-    fn old(&self) -> BTreeMap<&str, &str> {
+    fn there(&self) -> BTreeMap<&str, &str> {
         let files = self.before.files.iter().flatten();
         files.map(|file| (file.name.as_str(), file.text.as_str())).collect()
     }
 
-    fn new(&self) -> BTreeMap<&str, &str> {
+    fn here(&self) -> BTreeMap<&str, &str> {
         self.files.iter().map(|file| (file.name.as_str(), file.text.as_str())).collect()
     }
 
     fn changes(&self) -> bool {
-        self.old() != self.new()
+        self.there() != self.here()
     }
 
     fn show(&self, server: &Server) {
@@ -192,7 +194,7 @@ impl Planned {
             n => format!("now revision {n}, by {}, {}", self.before.actor, time::when(&self.before.time)),
         };
         ui::out(format!("{} {} ({revision})", ui::bold("Fleet"), server.label()));
-        let (old, new) = (self.old(), self.new());
+        let (old, new) = (self.there(), self.here());
         for name in old.keys().chain(new.keys()).collect::<BTreeSet<_>>() {
             match (old.get(name), new.get(name)) {
                 (None, Some(_)) => ui::out(format!("  {} {name} is new", ui::green("+"))),
@@ -357,7 +359,12 @@ pub fn run(context: &Context, server: &Server, command: &cli::Posture) -> Result
             let files = client.get_posture_at(*revision)?.value.files.unwrap_or_default();
             let report = ask(client, &files)?;
             if !json {
-                ui::out(format!("{} {} back to revision {revision} (now {})", ui::bold("Fleet"), server.label(), before.revision));
+                ui::out(format!(
+                    "{} {} back to revision {revision} (now {})",
+                    ui::bold("Fleet"),
+                    server.label(),
+                    before.revision
+                ));
                 show_effect(&report);
                 ui::out("");
             }
@@ -493,8 +500,7 @@ fn line_diff(old: &str, new: &str) -> Vec<String> {
             if i < mid_a.len() && j < mid_b.len() && mid_a[i] == mid_b[j] {
                 step(' ', mid_a[i]);
                 (i, j) = (i + 1, j + 1);
-            } else if j == mid_b.len()
-                || (i < mid_a.len() && shared[(i + 1) * width + j] >= shared[i * width + j + 1])
+            } else if j == mid_b.len() || (i < mid_a.len() && shared[(i + 1) * width + j] >= shared[i * width + j + 1])
             {
                 step('-', mid_a[i]);
                 i += 1;

@@ -62,7 +62,7 @@ fn ask(prompt: &str, shown: bool) -> Result<String, Failure> {
     }
     drop(quiet);
     if byte[0] == INTERRUPT {
-        return Err(Failure { code: 130, ..Failure::plain("nothing was changed") });
+        return Err(Failure { code: 130, ..Failure::plain("interrupted; nothing was changed") });
     }
     String::from_utf8(line).map_err(|_| Failure::plain("what was typed is not UTF-8"))
 }

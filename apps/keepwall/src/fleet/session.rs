@@ -106,7 +106,10 @@ pub fn whoami(context: &Context, server: &Server) -> Result<u8, Failure> {
         ui::out(format!("  the key to {}", access::bindings(narrowed)));
     }
     if !me.user.is_empty() {
-        ui::out(format!("  codes      {}", if me.totp { "asked for at login" } else { "none: keepwall user totp enable" }));
+        ui::out(format!(
+            "  codes      {}",
+            if me.totp { "asked for at login" } else { "none: keepwall user totp enable" }
+        ));
     }
     if let Some(expires) = &me.expires {
         ui::out(format!("  ends       {}", time::date(expires)));

@@ -71,7 +71,9 @@ impl Agents {
             (&Method::POST, POLL_PATH) => self.poll(request, certificate, address).await,
             (&Method::GET, "/install") => answer(StatusCode::OK, "text/x-shellscript", INSTALL),
             (&Method::GET, path) => self.program(path).await,
-            _ => refusal(StatusCode::NOT_FOUND, "not-found", "there is no such thing here; people go to the API's port"),
+            _ => {
+                refusal(StatusCode::NOT_FOUND, "not-found", "there is no such thing here; people go to the API's port")
+            }
         }
     }
 

@@ -132,7 +132,7 @@ impl Agents {
         let protocol = tls.get_ref().1.alpn_protocol().map(<[u8]>::to_vec);
         match protocol.as_deref() {
             Some(protocol) if protocol == ALPN => {
-                tokio::spawn(async move { self.stream(Box::new(tls), address).await });
+                tokio::spawn(self.stream(Box::new(tls), address));
             }
             Some(protocol) if protocol == ALPN_PROBE => self.probe(tls, address).await,
             _ => {

@@ -66,7 +66,9 @@ impl Agents {
             Applied::Yes | Applied::Refused(Refusal::Older | Refusal::OtherBase) => None,
             Applied::Failed => Some(short(detail, DETAIL_CHARS_MAX)),
             Applied::Refused(Refusal::OtherInstance) => Some("it says that this is not for it".into()),
-            Applied::Refused(Refusal::BadBody) => Some(format!("it cannot use this: {}", short(detail, DETAIL_CHARS_MAX))),
+            Applied::Refused(Refusal::BadBody) => {
+                Some(format!("it cannot use this: {}", short(detail, DETAIL_CHARS_MAX)))
+            }
         };
         if let Some(failure) = failure {
             tracing::warn!(instance = &**instance, failure, "a machine did not take what it was told");

@@ -94,7 +94,8 @@ impl Agents {
     /// Serves one stream to its end.
     pub(super) async fn stream(self: Arc<Self>, mut tls: Tls, address: SocketAddr) {
         let Ok(_place) = self.connections.acquire().await else { return };
-        let Some((instance, certificate)) = self.owner(&tls, address).await else {
+        // What is done once in the life of a stream is boxed: ten thousand tasks would have its size for days.
+        let Some((instance, certificate)) = Box::pin(self.owner(&tls, address)).await else {
             let _ = write(&mut tls, &say(goodbye("revoked", 3_600_000))).await;
             let _ = tls.shutdown().await;
             return;
@@ -105,7 +106,8 @@ impl Agents {
         let Some(hello) = hello_of(&bytes) else { return };
         let Ok(introduced) = read_hello(&hello) else { return };
         if introduced.instance != *instance {
-            self.refuse(address, &instance, &format!("it calls itself `{}`", introduced.instance.escape_default())).await;
+            let why = format!("it calls itself `{}`", introduced.instance.escape_default());
+            Box::pin(self.refuse(address, &instance, &why)).await;
             let _ = write(&mut tls, &say(goodbye("revoked", 3_600_000))).await;
             return;
         }
@@ -179,7 +181,7 @@ impl Agents {
                 from_agent::Say::Status(status) => self.take_status(instance, &status),
                 from_agent::Say::Report(report) => {
                     // Nothing else is read from this instance until its rows are safe: that is the back-pressure.
-                    match self.take_report(instance, report).await {
+                    match Box::pin(self.take_report(instance, report)).await {
                         Ok(through) => {
                             if !write(tls, &say(from_server::Say::Kept(Kept { through }))).await {
                                 return "";
@@ -189,7 +191,7 @@ impl Agents {
                     }
                 }
                 from_agent::Say::Renew(renew) => {
-                    let answer = match self.fleet.renew(instance, certificate, &renew.request).await {
+                    let answer = match Box::pin(self.fleet.renew(instance, certificate, &renew.request)).await {
                         Ok(chain) => {
                             Renewed { chain: chain.into_iter().map(Bytes::from).collect(), refused: String::new() }
                         }

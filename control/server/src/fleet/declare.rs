@@ -192,13 +192,8 @@ impl Fleet {
             policy,
             rollout: Rollout::new(pace, waves(candidates, &takes)),
         };
-        let record = PostureRecord {
-            files,
-            actor: act.actor.clone(),
-            reason: change.reason,
-            returned_to,
-            rollout: id.clone(),
-        };
+        let record =
+            PostureRecord { files, actor: act.actor.clone(), reason: change.reason, returned_to, rollout: id.clone() };
         let told = |record: &PostureRecord| {
             let files: Vec<Value> = (record.files.iter())
                 .map(|f| json!({ "name": f.name, "sha256": super::hex(&crate::ca::digest(f.text.as_bytes())) }))
@@ -347,16 +342,18 @@ fn look(files: &[PostureFile], everybody: &[keepwall_fleet::world::Enrolled], vi
             why: t.failure.unwrap_or_default(),
         })
         .collect();
-    report.findings.extend(health::findings(asked, None).into_iter().map(|f| PostureFinding {
-        severity: match f.severity {
-            keepwall_core::Severity::Note => "low",
-            keepwall_core::Severity::Warning => "medium",
-            keepwall_core::Severity::Critical => "critical",
+    report.findings.extend(health::findings(asked, None).into_iter().map(|f| {
+        PostureFinding {
+            severity: match f.severity {
+                keepwall_core::Severity::Note => "low",
+                keepwall_core::Severity::Warning => "medium",
+                keepwall_core::Severity::Critical => "critical",
+            }
+            .to_owned(),
+            place: f.place,
+            message: f.why,
+            help: f.fix,
         }
-        .to_owned(),
-        place: f.place,
-        message: f.why,
-        help: f.fix,
     }));
     let changed = match &view.now {
         Some(now) => world.print().differing(now.print()),
@@ -381,4 +378,3 @@ fn reach_changes(before: Option<&World>, after: &Checked) -> Vec<ReachChange> {
         .map(|c| ReachChange { opens: c.opened, from: c.from, to: c.to, on: c.what })
         .collect()
 }
-

@@ -14,16 +14,19 @@ use super::view::{Active, Declared, Source, View, enrolled, parse};
 use super::{Fleet, Known, hold, now_ms};
 use crate::fleet::records::StatusRecord;
 
-/// After a machine joined or left, wait so long for others before everything is resolved again.
+/// After a machine joined or left, wait so long for others before everything is resolved again; and three times as
+/// long as that took the last time, so that a storm of enrolments leaves room for itself.
 const GATHER: Duration = Duration::from_millis(25);
+/// Pages of changes that are read before what they mean is told; under a steady load there is always one more.
+const PAGES_MAX: usize = 64;
 /// While the store does not answer, ask again after so long.
 const RETRY: Duration = Duration::from_millis(500);
 /// How often this server says that it lives.
 const BEAT: Duration = Duration::from_secs(10);
-/// How often statuses are written.
-const FLUSH: Duration = Duration::from_millis(300);
+/// How often statuses are written. What they say is known at this server before.
+const FLUSH: Duration = Duration::from_millis(700);
 /// Statuses in one commit.
-const FLUSH_MAX: usize = 2_000;
+const FLUSH_MAX: usize = 5_000;
 
 pub(super) struct Follower {
     fleet: Arc<Fleet>,
@@ -32,6 +35,8 @@ pub(super) struct Follower {
     asked: Generation,
     declared: Option<Declared>,
     rollouts: BTreeMap<String, (Generation, Arc<RolloutRecord>)>,
+    /// How long it last took to resolve everything.
+    resolving: Duration,
 }
 
 /// What a change touches.
@@ -45,8 +50,15 @@ struct Touched {
 impl Follower {
     pub(super) async fn start(fleet: Arc<Fleet>) -> Result<Follower, StoreError> {
         let changed = fleet.store.changed();
-        let mut follower =
-            Follower { fleet, changed, seen: 0, asked: 0, declared: None, rollouts: BTreeMap::new() };
+        let mut follower = Follower {
+            fleet,
+            changed,
+            seen: 0,
+            asked: 0,
+            declared: None,
+            rollouts: BTreeMap::new(),
+            resolving: Duration::ZERO,
+        };
         follower.load().await?;
         Ok(follower)
     }
@@ -194,8 +206,11 @@ impl Follower {
     /// A new view, and sessions woken for which it means something new.
     async fn publish(&mut self, instances_changed: bool) -> Result<(), StoreError> {
         let active = self.rollouts.iter().next_back();
-        let active =
-            active.map(|(id, (revision, record))| Active { id: id.clone(), revision: *revision, record: Arc::clone(record) });
+        let active = active.map(|(id, (revision, record))| Active {
+            id: id.clone(),
+            revision: *revision,
+            record: Arc::clone(record),
+        });
         let before = match &active {
             Some(active) => self.before(active.record.from_revision).await?,
             None => None,
@@ -219,6 +234,7 @@ impl Follower {
             enrolled,
         };
         let last = self.fleet.view();
+        let begun = std::time::Instant::now();
         let made = {
             let last = Arc::clone(&last);
             tokio::task::spawn_blocking(move || View::make(source, &last, instances_changed)).await
@@ -230,6 +246,7 @@ impl Follower {
                 return Ok(());
             }
         };
+        self.resolving = begun.elapsed();
         for (name, why) in view.now.iter().flat_map(|world| world.held_out()) {
             tracing::warn!(instance = name, why, "an enrolled machine breaks a rule of the posture and is held out");
         }
@@ -268,17 +285,21 @@ impl Follower {
 
     async fn catch_up(&mut self) -> Result<(), StoreError> {
         let mut touched = Touched::default();
-        loop {
+        let mut gathered = false;
+        for _ in 0..PAGES_MAX {
+            // Commits without resources count too: what is newest is asked first, so that nothing is passed over.
+            let newest = self.fleet.store.generation().await?;
             let changes = self.fleet.store.changes(self.seen).await?;
-            let Some(last) = changes.last().map(|c| c.generation) else {
-                // Commits without resources count too.
-                let newest = *self.changed.borrow_and_update();
-                if newest > self.seen && self.fleet.store.changes(self.seen).await?.is_empty() {
-                    self.seen = newest;
+            let Some(last) = changes.last().map(|change| change.generation) else {
+                self.seen = self.seen.max(newest);
+                if touched.instances && !touched.posture && !gathered {
+                    // Whoever joins meanwhile is resolved with the others.
+                    gathered = true;
+                    tokio::time::sleep(GATHER.max(self.resolving * 3)).await;
+                    continue;
                 }
                 break;
             };
-            let full = changes.len() == PAGE_MAX;
             for change in changes {
                 let new = self.follow(&change).await?;
                 touched.instances |= new.instances;
@@ -286,24 +307,18 @@ impl Follower {
                 touched.other |= new.other;
             }
             self.seen = last;
-            if !full {
-                if touched.instances && !touched.posture {
-                    tokio::time::sleep(GATHER).await;
-                    // Whoever joined meanwhile is resolved with the others.
-                    if self.fleet.store.generation().await? > self.seen {
-                        continue;
-                    }
-                }
-                break;
-            }
+        }
+        // Should there be more pages, they are next.
+        if *self.changed.borrow() > self.seen {
+            self.changed.mark_changed();
         }
         if touched.instances || touched.posture || touched.other {
             return self.publish(touched.instances).await;
         }
-        // Only the number is new: the same worlds serve.
-        let last = self.fleet.view();
-        if last.generation < self.seen {
-            self.publish(false).await?;
+        // Only the number is new: the same worlds serve, and nobody needs to look.
+        let mut view = self.fleet.view.write().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if view.generation < self.seen {
+            *view = Arc::new(view.later(self.seen));
         }
         Ok(())
     }
@@ -326,7 +341,11 @@ fn declared(revision: Generation, record: PostureRecord) -> Option<Declared> {
         Ok(spec) => Some(Declared { revision, spec: Arc::new(spec) }),
         Err(problems) => {
             let why = problems.first().map(ToString::to_string).unwrap_or_default();
-            tracing::error!(revision, why, "the posture in force is not understood by this version; nothing new is told");
+            tracing::error!(
+                revision,
+                why,
+                "the posture in force is not understood by this version; nothing new is told"
+            );
             None
         }
     }

@@ -163,8 +163,13 @@ impl Fleet {
         let hostname: String = enroll.hostname.chars().take(64).collect();
         let token = enroll.token.split_once('.').map_or("", |(id, _)| id);
         let token: String = token.chars().take(32).collect();
-        self.refusal(act.line("refuse enrolment", &format!("token/{token}"), Value::Null, json!({ "hostname": hostname, "why": why })))
-            .await;
+        self.refusal(act.line(
+            "refuse enrolment",
+            &format!("token/{token}"),
+            Value::Null,
+            json!({ "hostname": hostname, "why": why }),
+        ))
+        .await;
         Err(admission)
     }
 
@@ -186,7 +191,8 @@ impl Fleet {
             return Err(bad("expired token"));
         }
         let request = STANDARD.decode(&enroll.request).ok().filter(|r| r.len() <= REQUEST_BYTES_MAX);
-        let request = request.ok_or_else(|| refused("the certificate request is not base64 of at most 8 KiB".into()))?;
+        let request =
+            request.ok_or_else(|| refused("the certificate request is not base64 of at most 8 KiB".into()))?;
         let name = match &token.spec.instance {
             Some(name) => name.clone(),
             None => name_from(&enroll.hostname).map_err(refused)?,
@@ -216,10 +222,8 @@ impl Fleet {
         }
         let allowed = within(&token.spec.addresses_within).map_err(refused)?;
         let (interfaces, left_out) = self.admitted(&name, &enroll.interfaces, &allowed).map_err(refused)?;
-        let certificate = CertificateRecord {
-            sha256: hex(&crate::ca::digest(&issued.certificate)),
-            until_ms: issued.until_ms,
-        };
+        let certificate =
+            CertificateRecord { sha256: hex(&crate::ca::digest(&issued.certificate)), until_ms: issued.until_ms };
         // What was there before no longer opens anything: this is the machine of that name now.
         let record = InstanceRecord {
             labels: token.spec.labels.clone(),
@@ -296,23 +300,18 @@ impl Fleet {
             addresses.sort();
             addresses.dedup();
             left_out.extend(others.iter().map(ToString::to_string));
-            out.push(InterfaceRecord {
-                name: interface.device.clone(),
-                device: interface.device.clone(),
-                addresses,
-            });
+            out.push(InterfaceRecord { name: interface.device.clone(), device: interface.device.clone(), addresses });
         }
         let registry = self.registry();
-        let mine: BTreeSet<IpAddr> = out.iter().flat_map(|i| i.addresses.iter().copied()).collect();
-        for (other, known) in registry.instances.iter().filter(|(other, _)| &***other != name) {
-            let taken = known.record.interfaces.iter().flat_map(|i| &i.addresses).find(|a| mine.contains(a));
-            if let Some(address) = taken {
+        for address in out.iter().flat_map(|i| &i.addresses) {
+            if let Some(other) = registry.addresses.get(address).filter(|other| &***other != name) {
                 return Err(format!(
                     "{address} is the address of `{other}` already; remove that instance, or limit this one's \
                      addresses with the token's addresses_within"
                 ));
             }
         }
+        drop(registry);
         Ok((out, left_out))
     }
 
@@ -320,7 +319,12 @@ impl Fleet {
     ///
     /// # Errors
     /// In words, for the machine's log.
-    pub(crate) async fn renew(&self, instance: &Arc<str>, shown: &[u8; 32], request: &[u8]) -> Result<Vec<Vec<u8>>, String> {
+    pub(crate) async fn renew(
+        &self,
+        instance: &Arc<str>,
+        shown: &[u8; 32],
+        request: &[u8],
+    ) -> Result<Vec<Vec<u8>>, String> {
         if request.len() > REQUEST_BYTES_MAX {
             return Err("the certificate request is too long".into());
         }
@@ -339,10 +343,8 @@ impl Fleet {
         let act = Act { actor: format!("instance:{instance}"), ..Act::default() };
         let audit = vec![act.line("renew", &format!("instance/{instance}"), json!(shown), json!(new))];
         let ops = vec![Op::put(INSTANCE, instance, Expect::Revision(found.revision), &record)];
-        let revision = self
-            .commit(Commit { ops, audit, remember: None })
-            .await
-            .map_err(|error| format!("not now: {error:?}"))?;
+        let revision =
+            self.commit(Commit { ops, audit, remember: None }).await.map_err(|error| format!("not now: {error:?}"))?;
         self.registry().set_instance(instance, Some(Known { revision, record: Arc::new(record) }));
         Ok(vec![issued.certificate.to_vec(), self.authority.certificate().to_vec()])
     }
@@ -424,12 +426,7 @@ impl Fleet {
         found.ok_or_else(|| FleetError::NotFound(format!("there is no instance `{name}`")))
     }
 
-    fn instance_view(
-        &self,
-        view: &super::view::View,
-        registry: &super::Registry,
-        name: &str,
-    ) -> Option<InstanceView> {
+    fn instance_view(&self, view: &super::view::View, registry: &super::Registry, name: &str) -> Option<InstanceView> {
         let declared = view.declared.as_ref().and_then(|d| d.spec.instances.iter().find(|i| i.name == name));
         let known = registry.instances.get(name);
         if declared.is_none() && known.is_none() {
@@ -548,10 +545,7 @@ impl Fleet {
     pub async fn remove_instance(&self, name: &str, expect: Expect, act: &Act) -> Result<(), FleetError> {
         let (revision, record) = self.instance_record(name, expect).await?;
         let audit = vec![act.line("remove", &format!("instance/{name}"), json!(record), Value::Null)];
-        let ops = vec![
-            Op::delete(INSTANCE, name, Expect::Revision(revision)),
-            Op::delete(STATUS, name, Expect::Any),
-        ];
+        let ops = vec![Op::delete(INSTANCE, name, Expect::Revision(revision)), Op::delete(STATUS, name, Expect::Any)];
         self.commit(Commit { ops, audit, remember: act.remember.clone() }).await?;
         self.registry().set_instance(name, None);
         self.end_stream(name, "revoked");

@@ -54,13 +54,7 @@ impl Act {
 
     /// A line of the audit log.
     #[must_use]
-    pub fn line(
-        &self,
-        action: &str,
-        target: &str,
-        before: serde_json::Value,
-        after: serde_json::Value,
-    ) -> String {
+    pub fn line(&self, action: &str, target: &str, before: serde_json::Value, after: serde_json::Value) -> String {
         json!({
             "actor": self.actor,
             "address": self.address,
@@ -144,6 +138,8 @@ pub(crate) struct Registry {
     pub(crate) certificates: HashMap<[u8; 32], (Arc<str>, u64)>,
     pub(crate) statuses: HashMap<Arc<str>, StatusRecord>,
     pub(crate) servers: HashMap<String, ServerRecord>,
+    /// Whose an address is.
+    pub(crate) addresses: HashMap<std::net::IpAddr, Arc<str>>,
     /// Labels or interfaces differ from what the view was made of.
     unresolved: bool,
     /// Statuses that are newer here than in the store.
@@ -224,7 +220,8 @@ pub fn rfc3339(ms: u64) -> String {
     let year_of_era = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
     let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
     let shifted = (5 * day_of_year + 2) / 153;
-    let (day, month) = (day_of_year - (153 * shifted + 2) / 5 + 1, if shifted < 10 { shifted + 3 } else { shifted - 9 });
+    let (day, month) =
+        (day_of_year - (153 * shifted + 2) / 5 + 1, if shifted < 10 { shifted + 3 } else { shifted - 9 });
     let year = year_of_era + era * 400 + u64::from(month <= 2);
     let (s, ms) = (rest / 1_000, rest % 1_000);
     format!("{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}.{ms:03}Z", s / 3_600, s / 60 % 60, s % 60)
@@ -237,6 +234,16 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
         let _ = write!(out, "{byte:02x}");
         out
     })
+}
+
+/// True if `text` is `bytes` in hexadecimal; ten thousand machines are compared so, many times a second.
+fn is_hex_of(text: &str, bytes: &[u8; 32]) -> bool {
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    text.len() == 64
+        && bytes
+            .iter()
+            .zip(text.as_bytes().chunks_exact(2))
+            .all(|(byte, pair)| pair[0] == DIGITS[usize::from(byte >> 4)] && pair[1] == DIGITS[usize::from(byte & 15)])
 }
 
 pub(crate) fn unhex(text: &str) -> Option<[u8; 32]> {
@@ -343,7 +350,7 @@ impl Fleet {
         for name in registry.instances.keys() {
             let Some(status) = registry.statuses.get(name) else { continue };
             count.connected += usize::from(registry.connected(&self.server, status, now));
-            count.in_sync += usize::from(view.desired(name).is_some_and(|d| hex(&d.digest) == status.digest));
+            count.in_sync += usize::from(view.desired(name).is_some_and(|d| is_hex_of(&status.digest, &d.digest)));
             count.failed += usize::from(status.failed.is_some());
             count.drifted += usize::from(!status.drift.is_empty());
         }
@@ -442,17 +449,25 @@ impl Fleet {
             return;
         }
         status.seen_ms = now_ms();
-        let body = json!({
-            "instance": instance,
-            "generation": status.generation,
-            "connected": !status.server.is_empty(),
-            "failure": status.failure,
-            "drift": status.drift,
+        // Made only for those who watch: ten thousand machines speak at once after a push.
+        let live = (self.live.receiver_count() > 0).then(|| {
+            json!({
+                "instance": instance,
+                "generation": status.generation,
+                "connected": !status.server.is_empty(),
+                "failure": status.failure,
+                "drift": status.drift,
+            })
         });
-        let labels = registry.instances.get(instance).map(|k| k.record.labels.clone()).unwrap_or_default();
+        let labels = match (&live, registry.instances.get(instance)) {
+            (Some(_), Some(known)) => known.record.labels.clone(),
+            _ => Labels::new(),
+        };
         registry.dirty.insert(Arc::clone(instance));
         drop(registry);
-        self.tell("instance", instance, labels, &body);
+        if let Some(body) = live {
+            self.tell("instance", instance, labels, &body);
+        }
         self.rollout_wake.notify_one();
     }
 
@@ -461,8 +476,8 @@ impl Fleet {
         let Some(status) = registry.statuses.get(instance) else {
             return Fact { removed: !registry.instances.contains_key(instance), ..Fact::default() };
         };
-        let target = view.target(instance).map(|digest| hex(&digest));
-        let is_target = |digest: &str| target.as_deref() == Some(digest);
+        let target = view.target(instance);
+        let is_target = |digest: &str| target.is_some_and(|target| is_hex_of(digest, &target));
         Fact {
             applied: is_target(&status.digest),
             failed: status.failed.as_deref().is_some_and(is_target) && status.failed_generation >= view.asked,
@@ -527,6 +542,9 @@ impl Registry {
             for certificate in old.record.certificates.iter().filter_map(|c| unhex(&c.sha256)) {
                 self.certificates.remove(&certificate);
             }
+            for address in old.record.interfaces.iter().flat_map(|i| &i.addresses) {
+                self.addresses.remove(address);
+            }
         }
         match known {
             None => {
@@ -539,6 +557,9 @@ impl Registry {
                     if let Some(digest) = unhex(&certificate.sha256) {
                         self.certificates.insert(digest, (Arc::clone(&name), certificate.until_ms));
                     }
+                }
+                for address in known.record.interfaces.iter().flat_map(|i| &i.addresses) {
+                    self.addresses.insert(*address, Arc::clone(&name));
                 }
                 self.instances.insert(name, known);
             }
@@ -561,6 +582,8 @@ mod tests {
     #[test]
     fn digests_are_written_and_read() {
         assert_eq!(unhex(&hex(&[7; 32])), Some([7; 32]));
+        assert!(is_hex_of(&hex(&[0xa7; 32]), &[0xa7; 32]) && !is_hex_of(&hex(&[0xa7; 32]), &[0xa8; 32]));
+        assert!(!is_hex_of("", &[0; 32]));
         assert_eq!((unhex("07"), unhex(&"g".repeat(64))), (None, None));
     }
 }

@@ -15,6 +15,8 @@ use super::{Act, Fleet, FleetError, now_ms, rfc3339};
 const LEASE_MS: u64 = 10_000;
 /// The lease is renewed so long before it ends.
 const RENEW: Duration = Duration::from_secs(3);
+/// Between two looks at all machines at least.
+const GATHER: Duration = Duration::from_millis(20);
 /// How often time alone is looked at while a rollout is on its way.
 const TICK: Duration = Duration::from_millis(250);
 
@@ -59,7 +61,11 @@ impl Fleet {
                     }
                 }
             }
-            if let Err(error) = self.drive().await {
+            let begun = tokio::time::Instant::now();
+            let driven = self.drive().await;
+            // Ten thousand machines speak at once: their words are gathered, and most of the time is theirs.
+            tokio::time::sleep(GATHER.max(begun.elapsed() * 3)).await;
+            if let Err(error) = driven {
                 // Somebody else's step came first, or the store is away: look again.
                 tracing::debug!(?error, "a rollout's step did not go through");
                 tokio::time::sleep(TICK).await;

@@ -68,12 +68,8 @@ impl Fleet {
         let id = format!("et-{}", hex(&random::<8>()));
         let secret = random::<32>();
         let expires_ms = now_ms() + u64::from(spec.ttl_s) * 1_000;
-        let record = TokenRecord {
-            secret_sha256: hex(&crate::ca::digest(&secret)),
-            actor: act.actor.clone(),
-            expires_ms,
-            spec,
-        };
+        let record =
+            TokenRecord { secret_sha256: hex(&crate::ca::digest(&secret)), actor: act.actor.clone(), expires_ms, spec };
         let audit = vec![act.line(
             "create",
             &format!("token/{id}"),
@@ -87,9 +83,8 @@ impl Fleet {
         let pin = &self.settings.public_key_pin;
         let token = word(server, &authority, &format!("{id}.{}", URL_SAFE_NO_PAD.encode(secret)), pin);
         let command = format!("keepwall enroll {token}");
-        let install = format!(
-            "curl -fsS --insecure --pinnedpubkey '{pin}' https://{server}/install | sh -s -- {token}"
-        );
+        let install =
+            format!("curl -fsS --insecure --pinnedpubkey '{pin}' https://{server}/install | sh -s -- {token}");
         let cloud_init = format!("#cloud-config\nruncmd:\n  - [ sh, -c, \"{}\" ]\n", install.replace('"', "\\\""));
         Ok(TokenMade { id, command, install, cloud_init, token, expires: rfc3339(expires_ms) })
     }

@@ -1,6 +1,6 @@
 //! What everybody is to hold, at one generation: made anew when something changes, and never changed.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -17,7 +17,7 @@ use super::records::{InstanceRecord, PostureRecord, RolloutRecord};
 
 /// Earlier worlds that a machine may still hold and be brought on from by a change; from an older one it is told
 /// everything.
-const PRINTS_MAX: usize = 8;
+const PRINTS_MAX: usize = 3;
 /// Encoded changes that are kept while a view lives.
 const BODIES_MAX: usize = 1_024;
 
@@ -49,8 +49,10 @@ pub(crate) struct View {
     pub(crate) now: Option<Arc<World>>,
     /// Of the posture before, for machines that the rollout has not reached.
     pub(crate) before: Option<Arc<World>>,
+    /// Machines that the rollout has reached; `None` if there is no rollout, and everybody is.
+    reached: Option<Arc<HashSet<String>>>,
     prints: VecDeque<Arc<Print>>,
-    bodies: Mutex<HashMap<(usize, usize, String), Bytes>>,
+    bodies: Arc<Mutex<HashMap<(usize, usize, String), Bytes>>>,
 }
 
 /// What a view is made from.
@@ -93,7 +95,9 @@ impl View {
             }
         }
         prints.truncate(PRINTS_MAX);
+        let reached = source.active.as_ref().map(|active| Arc::new(active.record.rollout.reached()));
         View {
+            reached,
             generation: source.generation,
             asked: source.asked,
             declared: source.declared,
@@ -101,13 +105,28 @@ impl View {
             now,
             before,
             prints,
-            bodies: Mutex::default(),
+            bodies: Arc::default(),
+        }
+    }
+
+    /// The same at a later generation, in which nothing changed that matters here.
+    pub(crate) fn later(&self, generation: Generation) -> View {
+        View {
+            generation,
+            asked: self.asked,
+            declared: self.declared.clone(),
+            active: self.active.clone(),
+            now: self.now.clone(),
+            before: self.before.clone(),
+            reached: self.reached.clone(),
+            prints: self.prints.clone(),
+            bodies: Arc::clone(&self.bodies),
         }
     }
 
     fn world_of(&self, instance: &str) -> Option<&Arc<World>> {
-        match &self.active {
-            Some(active) if !active.record.rollout.reaches(instance) => self.before.as_ref(),
+        match &self.reached {
+            Some(reached) if !reached.contains(instance) => self.before.as_ref(),
             _ => self.now.as_ref(),
         }
     }
@@ -138,14 +157,15 @@ impl View {
         let world = self.world_of(instance)?;
         if let Some(base) = base {
             for print in &self.prints {
-                let Some(shared) = world.change(instance, &base, print) else { continue };
-                let Some(key) = shared.key else { return Some((Some(base), write_change(&shared.change))) };
+                let Some(difference) = world.difference(instance, &base, print) else { continue };
+                let make = || Some(write_change(&world.change(instance, &difference, print)?));
+                let Some(key) = difference.key() else { return Some((Some(base), make()?)) };
                 let key = (Arc::as_ptr(world) as usize, Arc::as_ptr(print) as usize, key);
                 let mut bodies = self.bodies.lock().unwrap_or_else(PoisonError::into_inner);
                 if let Some(body) = bodies.get(&key) {
                     return Some((Some(base), body.clone()));
                 }
-                let body = write_change(&shared.change);
+                let body = make()?;
                 if bodies.len() < BODIES_MAX {
                     bodies.insert(key, body.clone());
                 }
