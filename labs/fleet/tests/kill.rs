@@ -139,8 +139,24 @@ fn posture(n: usize) -> String {
         "version: 1\nsecurity_groups:\n  web:\n    members: [{{ role: web }}]\n    ingress:\n      \
          - {{ policy: accept, ports: {}, from: any }}\n  db:\n    members: [{{ role: db }}]\n    inner_access: drop\n    \
          ingress:\n      - {{ policy: accept, ports: 5432, from: group:web }}\n",
-        10_000 + n
+        10_000 + n % 50_000
     )
+}
+
+/// What a change is about.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Token,
+    Labels,
+    Posture,
+}
+
+fn kind(n: usize) -> Kind {
+    match n % 9 {
+        8 => Kind::Posture,
+        odd if odd % 2 == 1 => Kind::Labels,
+        _ => Kind::Token,
+    }
 }
 
 /// What was acknowledged, by its number.
@@ -160,27 +176,27 @@ fn write(sockets: &[PathBuf], stop: &AtomicBool) -> Written {
     let mut written = Written::default();
     let mut at = 0;
     let (mut posture_at, mut instance_at) = (0, BTreeMap::new());
-    for n in 0.. {
+    'changes: for n in 0.. {
         if stop.load(Ordering::SeqCst) {
             break;
         }
-        let machine = format!("machine-{}", n / 3 % MACHINES);
-        let role = if n / 3 / MACHINES % 2 == 0 { "db" } else { "web" };
-        let (method, path, etag, body) = match n % 3 {
-            0 => ("POST", "/enrolment-tokens".to_owned(), None, json!({ "labels": { "n": n.to_string() } })),
-            1 => {
+        let machine = format!("machine-{}", n / 2 % MACHINES);
+        let role = if n / 2 / MACHINES % 2 == 0 { "db" } else { "web" };
+        let (method, path, etag, body) = match kind(n) {
+            Kind::Token => ("POST", "/enrolment-tokens".to_owned(), None, json!({ "labels": { "n": n.to_string() } })),
+            Kind::Labels => {
                 let etag = instance_at.get(&machine).copied();
                 let labels = json!({ "labels": { "role": role, "n": n.to_string() } });
                 ("PATCH", format!("/instances/{machine}"), etag, labels)
             }
-            _ => {
+            Kind::Posture => {
                 let files = json!([{ "name": "fleet.yaml", "text": posture(n) }]);
                 let rollout = json!({ "waves": [], "failures_max": 1_000 });
                 let body = json!({ "files": files, "reason": format!("change {n}"), "rollout": rollout });
                 ("PUT", "/posture".to_owned(), Some(posture_at), body)
             }
         };
-        let key = format!("change-{n}");
+        let (key, again) = (format!("change-{n}"), written.again);
         let end = Instant::now() + PATIENCE;
         loop {
             assert!(Instant::now() < end, "change {n} is not taken");
@@ -192,46 +208,48 @@ fn write(sockets: &[PathBuf], stop: &AtomicBool) -> Written {
             };
             let code = answer["code"].as_str().unwrap_or_default();
             let detail = answer["detail"].as_str().unwrap_or_default();
-            match (status, n % 3) {
+            match (status, kind(n)) {
                 // It was made before the answer was lost.
-                (409, 0) if detail.contains("has made a token before") => break,
-                // The rollout before is still on its way.
-                (409, 2) if code == "wrong_state" && detail.contains("is on its way") => {
-                    std::thread::sleep(Duration::from_millis(20));
-                    if stop.load(Ordering::SeqCst) {
-                        // Refused, so it was not done: the end of the story.
-                        return written;
+                (409, Kind::Token) if detail.contains("has made a token before") => break,
+                // The rollout before is still on its way. What was never sent before was not done.
+                (409, Kind::Posture) if code == "wrong_state" && detail.contains("is on its way") => {
+                    if written.again == again {
+                        continue 'changes;
                     }
+                    std::thread::sleep(Duration::from_millis(20));
                 }
                 (200..=299, _) => break,
                 (503, _) => std::thread::sleep(Duration::from_millis(20)),
                 _ => panic!("change {n} ({method} {path}, if-match {etag:?}): {status} {answer}"),
             }
         }
-        match n % 3 {
-            0 => written.tokens.push(n),
-            1 => written.labels.push((n, machine.clone(), role.to_owned())),
-            _ => written.postures.push(n),
+        match kind(n) {
+            Kind::Token => written.tokens.push(n),
+            Kind::Labels => written.labels.push((n, machine.clone(), role.to_owned())),
+            Kind::Posture => written.postures.push(n),
         }
-        // What the next change of the same thing has to name.
-        let read = |socket: &PathBuf| {
-            let client = Client::new(Settings::new(&format!("unix:{}", socket.display()))).unwrap();
-            match n % 3 {
-                0 => Some(0),
-                1 => client.get_instance(&machine).ok()?.etag,
-                _ => Some(client.get_posture().ok()?.revision),
-            }
-        };
+        // What the next change of the same thing has to name. The server that did it knows at once; another, or one
+        // that was asked again, soon.
+        let (done_by, sure) = (at, written.again == again);
         let mut revision = None;
         until("what was written is read", || {
-            revision = read(&sockets[at]);
-            at = if revision.is_some() { at } else { (at + 1) % sockets.len() };
+            let client = Client::new(Settings::new(&format!("unix:{}", sockets[at].display()))).unwrap();
+            let read = match kind(n) {
+                Kind::Token => return true,
+                Kind::Labels => client.get_instance(&machine).map(|i| (i.etag, i.labels.get("n") == Some(&n.to_string()))),
+                Kind::Posture => client.get_posture().map(|p| (Some(p.revision), p.reason == format!("change {n}"))),
+            };
+            match read {
+                Ok((etag, true)) => revision = etag,
+                Ok((_, false)) => assert!(!sure || at != done_by, "change {n} is done and not read"),
+                Err(_) => at = (at + 1) % sockets.len(),
+            }
             revision.is_some()
         });
-        match n % 3 {
-            0 => {}
-            1 => drop(instance_at.insert(machine, revision.unwrap())),
-            _ => posture_at = revision.unwrap(),
+        match kind(n) {
+            Kind::Token => {}
+            Kind::Labels => drop(instance_at.insert(machine, revision.unwrap())),
+            Kind::Posture => posture_at = revision.unwrap(),
         }
     }
     written
@@ -292,27 +310,22 @@ fn every_change_is_there_once(client: &Client, written: &Written) {
 /// Machines hold what is desired: the last posture and the last labels that were acknowledged.
 fn machines_converge(client: &Client, members: &[Member], written: &Written) {
     let instances = || client.list_instances(&ListInstancesQuery::default()).unwrap().items;
-    until("all machines are in sync", || {
-        let all = instances();
-        all.len() == MACHINES && all.iter().all(|instance| instance.status.in_sync)
-    });
     let roles: BTreeMap<&str, &str> = written.labels.iter().map(|(_, name, role)| (&**name, &**role)).collect();
     let role = |name: &str| roles.get(name).copied().unwrap_or("web").to_owned();
-    for instance in instances() {
-        assert_eq!(instance.labels.get("role"), Some(&role(&instance.name)));
-    }
     let web = (0..MACHINES).filter(|n| role(&format!("machine-{n}")) == "web").count();
-    let last = (10_000 + written.postures.last().unwrap()).to_string();
-    for member in members {
+    let port = (10_000 + written.postures.last().unwrap() % 50_000).to_string();
+    let holds = |member: &Member| {
         let bundle = member.machine.bundle();
-        if role(&member.identity.instance) == "web" {
-            let rules = format!("{:?}", bundle.intent().unwrap());
-            assert!(rules.contains(&last), "{} is not told of port {last}: {rules}", member.identity.instance);
-        } else {
-            let known = bundle.sets().get("group:web").map_or(0, |set| set.len());
-            assert_eq!(known, web, "{}", member.identity.instance);
+        match role(&member.identity.instance).as_str() {
+            "web" => format!("{:?}", bundle.intent().unwrap()).contains(&port),
+            _ => bundle.sets().get("group:web").map_or(0, |set| set.len()) == web,
         }
-    }
+    };
+    until("all machines hold the last posture and know the last members", || members.iter().all(holds));
+    until("all are known to be in sync", || instances().iter().all(|instance| instance.status.in_sync));
+    let all = instances();
+    assert_eq!(all.len(), MACHINES);
+    assert!(all.iter().all(|instance| instance.labels.get("role") == Some(&role(&instance.name))));
 }
 
 /// Looks at all machines again and again: what they hold never gets older.

@@ -518,6 +518,8 @@ impl Fleet {
         )];
         let ops = vec![Op::put(INSTANCE, name, Expect::Revision(revision), &new)];
         let revision = self.commit(Commit { ops, audit, remember: act.remember.clone() }).await?;
+        // Whoever was told that it is done reads it here from now on.
+        self.registry().set_instance(name, Some(Known { revision, record: Arc::new(new.clone()) }));
         let mut view = self.instance(name).await?;
         view.revision = revision;
         view.labels = new.labels;

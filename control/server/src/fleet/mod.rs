@@ -530,8 +530,13 @@ impl Registry {
         !status.server.is_empty() && (status.server == own || alive(&status.server))
     }
 
-    /// Takes over a machine's record, or forgets it.
+    /// Takes over a machine's record, or forgets it. A record that is older than what is known comes too late.
     pub(crate) fn set_instance(&mut self, name: &str, known: Option<Known>) {
+        if let (Some(old), Some(new)) = (self.instances.get(name), &known)
+            && new.revision < old.revision
+        {
+            return;
+        }
         let name: Arc<str> = match self.instances.get_key_value(name) {
             Some((name, _)) => Arc::clone(name),
             None => name.into(),

@@ -36,6 +36,9 @@ pub(crate) struct Active {
     pub(crate) record: Arc<RolloutRecord>,
 }
 
+/// Encoded changes by the worlds that they lead to and from, and what differs.
+type Bodies = HashMap<(usize, usize, String), Bytes>;
+
 /// What everybody is to hold.
 #[derive(Debug, Default)]
 pub(crate) struct View {
@@ -52,7 +55,7 @@ pub(crate) struct View {
     /// Machines that the rollout has reached; `None` if there is no rollout, and everybody is.
     reached: Option<Arc<HashSet<String>>>,
     prints: VecDeque<Arc<Print>>,
-    bodies: Arc<Mutex<HashMap<(usize, usize, String), Bytes>>>,
+    bodies: Arc<Mutex<Bodies>>,
 }
 
 /// What a view is made from.
