@@ -24,12 +24,14 @@ use keepwall_sys::namespace::{self, NetNs};
 use keepwall_sys::tun::Device;
 use rustix::time::{ClockId, clock_gettime};
 
-use crate::say;
+use crate::{fleet, say};
 
 const HELP: &str = "\
 cargo xtask bench packet-path [--rounds N]
+cargo xtask bench fleet [--agents N]
 
-  --rounds  interleaved measurements of every candidate, the median counts (15)";
+  --rounds  interleaved measurements of every candidate, the median counts (15)
+  --agents  machines that call one server (10000)";
 
 /// Rules of the lists.
 const SIZES: [usize; 4] = [10, 100, 1_000, 10_000];
@@ -50,6 +52,7 @@ const SINK: &str = "table inet sink { chain input { type filter hook input prior
 /// A goal is missed, a tool is not installed, or the harness failed.
 pub fn run(args: &[String]) -> Result<(), String> {
     let rounds = match args {
+        [what, rest @ ..] if what == "fleet" => return fleet::bench(rest),
         [what] if what == "packet-path" => 15,
         [what, name, number] if what == "packet-path" && name == "--rounds" => {
             number.parse::<usize>().map_err(|_| HELP.to_owned())?.max(9)

@@ -3,6 +3,7 @@
 pub mod bench;
 mod ci;
 mod deb;
+mod fleet;
 mod fuzz;
 mod openapi;
 mod tidy;
@@ -26,6 +27,8 @@ Proofs (see CONTRIBUTING.md; those with real packets need root and use namespace
   verdicts             reference, tables and kernel agree on random packets; mutants are noticed
   traffic              replacing rules under traffic loses and leaks nothing
   bench packet-path    cost per packet and per update, as ratios
+  bench fleet          10,000 machines on one server: memory, pushes, joins; beside gRPC
+  fleet-check          servers killed and cables cut, again and again: nothing is lost, everybody arrives
 
   help                 this
 ";
@@ -40,6 +43,7 @@ const CHORES: &[(&str, Chore)] = &[
     ("deb", deb::run),
     ("fuzz", fuzz::run),
     ("bench", bench::run),
+    ("fleet-check", fleet::check),
     ("verdicts", verdicts::run),
     ("traffic", traffic::run),
 ];

@@ -196,7 +196,8 @@ mod tests {
     #[test]
     fn the_server_is_where_everybody_looks_for_it() {
         let places = Places::of(Path::new(keepwall_link::SOCKET), Path::new(keepwall_link::STATE));
-        assert_eq!(places.link(), Path::new(config::SOCKET));
+        assert_eq!(places.socket(), Path::new(config::SOCKET));
+        assert_eq!(places.link(), Path::new("/run/keepwall/server.sock"));
         assert_eq!(places.state, Path::new(config::STATE));
         assert_eq!(config::PATH, CONFIG);
     }

@@ -1,4 +1,4 @@
-//! `keepwalld`: the control plane. No privilege: it refuses to run as root.
+//! `keepwalld`: the control plane. It needs no privilege, and says so to whoever starts it as root.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -123,6 +123,10 @@ fn runtime() -> Result<tokio::runtime::Runtime, String> {
 
 async fn run(config: &Config) -> Result<(), String> {
     keepwall_server::run::log(config);
+    use std::os::unix::fs::MetadataExt as _;
+    if std::fs::metadata("/proc/self").is_ok_and(|process| process.uid() == 0) {
+        tracing::warn!("running as root, which the control plane does not need: give it a user of its own");
+    }
     // Storms leave holes; what is free goes back to the machine.
     std::thread::Builder::new()
         .name("memory".into())

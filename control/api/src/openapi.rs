@@ -151,10 +151,13 @@ fn response(one: &Operation, status: u16) -> Value {
 fn refusal(status: u16) -> Value {
     let codes: Vec<&str> = CODES.iter().filter(|code| code.status == status).map(|code| code.code).collect();
     let schema = json!({ "$ref": "#/components/schemas/Problem" });
-    let mut out = json!({
-        "description": format!("Refused: {}.", codes.join(", ")),
-        "content": { MEDIA_TYPE: { "schema": schema } },
-    });
+    let mut out = json!({ "description": format!("Refused: {}.", codes.join(", ")) });
+    if status == 431 {
+        // A head with too many bytes is refused by the HTTP library, without a body: none can be promised.
+        out["description"] = json!(format!("Refused: {}; no body if the head has too many bytes.", codes.join(", ")));
+    } else {
+        out["content"] = json!({ MEDIA_TYPE: { "schema": schema } });
+    }
     if status == 429 || status == 503 {
         out["headers"] = json!({ "Retry-After": header("Seconds to wait.", json!({ "type": "integer" })) });
     }

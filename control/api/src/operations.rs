@@ -226,7 +226,7 @@ impl Operation {
     /// Every status that it answers with, in order.
     #[must_use]
     pub fn statuses(&self) -> Vec<u16> {
-        let mut all = vec![self.status, 400, 500, 503];
+        let mut all = vec![self.status, 400, 431, 500, 503];
         if self.right != Right::Public || self.throttled {
             all.extend([401, 403]);
         }

@@ -181,7 +181,7 @@ fn write(sockets: &[PathBuf], stop: &AtomicBool) -> Written {
             break;
         }
         let machine = format!("machine-{}", n / 2 % MACHINES);
-        let role = if n / 2 / MACHINES % 2 == 0 { "db" } else { "web" };
+        let role = if (n / 2 / MACHINES).is_multiple_of(2) { "db" } else { "web" };
         let (method, path, etag, body) = match kind(n) {
             Kind::Token => ("POST", "/enrolment-tokens".to_owned(), None, json!({ "labels": { "n": n.to_string() } })),
             Kind::Labels => {
@@ -236,7 +236,9 @@ fn write(sockets: &[PathBuf], stop: &AtomicBool) -> Written {
             let client = Client::new(Settings::new(&format!("unix:{}", sockets[at].display()))).unwrap();
             let read = match kind(n) {
                 Kind::Token => return true,
-                Kind::Labels => client.get_instance(&machine).map(|i| (i.etag, i.labels.get("n") == Some(&n.to_string()))),
+                Kind::Labels => {
+                    client.get_instance(&machine).map(|i| (i.etag, i.labels.get("n") == Some(&n.to_string())))
+                }
                 Kind::Posture => client.get_posture().map(|p| (Some(p.revision), p.reason == format!("change {n}"))),
             };
             match read {

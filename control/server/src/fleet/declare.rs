@@ -138,10 +138,14 @@ impl Fleet {
         let looked = self.look(files.clone()).await?;
         let Some(world) = looked.world else { return Err(FleetError::Refused(Box::new(looked.report))) };
         if let Some(active) = &self.view().active {
-            return Err(FleetError::Wrong(format!(
-                "{} is on its way; wait until it is done, or stop it and return",
-                active.id
-            )));
+            // The view follows the store by some milliseconds: it may be over by now.
+            let (_, _, record) = self.rollout_record(&active.id).await?;
+            if !record.rollout.phase.is_over() {
+                return Err(FleetError::Wrong(format!(
+                    "{} is on its way; wait until it is done, or stop it and return",
+                    active.id
+                )));
+            }
         }
         let spec = world.checked().spec();
         let empty = super::Labels::new();

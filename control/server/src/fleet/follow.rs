@@ -37,6 +37,8 @@ pub(super) struct Follower {
     rollouts: BTreeMap<String, (Generation, Arc<RolloutRecord>)>,
     /// How long it last took to resolve everything.
     resolving: Duration,
+    /// What was followed and is not in the view yet. It outlives a store that goes away in between.
+    due: Touched,
 }
 
 /// What a change touches.
@@ -58,6 +60,7 @@ impl Follower {
             declared: None,
             rollouts: BTreeMap::new(),
             resolving: Duration::ZERO,
+            due: Touched::default(),
         };
         follower.load().await?;
         Ok(follower)
@@ -284,7 +287,6 @@ impl Follower {
     }
 
     async fn catch_up(&mut self) -> Result<(), StoreError> {
-        let mut touched = Touched::default();
         let mut gathered = false;
         for _ in 0..PAGES_MAX {
             // Commits without resources count too: what is newest is asked first, so that nothing is passed over.
@@ -292,7 +294,7 @@ impl Follower {
             let changes = self.fleet.store.changes(self.seen).await?;
             let Some(last) = changes.last().map(|change| change.generation) else {
                 self.seen = self.seen.max(newest);
-                if touched.instances && !touched.posture && !gathered {
+                if self.due.instances && !self.due.posture && !gathered {
                     // Whoever joins meanwhile is resolved with the others.
                     gathered = true;
                     tokio::time::sleep(GATHER.max(self.resolving * 3)).await;
@@ -302,9 +304,9 @@ impl Follower {
             };
             for change in changes {
                 let new = self.follow(&change).await?;
-                touched.instances |= new.instances;
-                touched.posture |= new.posture;
-                touched.other |= new.other;
+                self.due.instances |= new.instances;
+                self.due.posture |= new.posture;
+                self.due.other |= new.other;
             }
             self.seen = last;
         }
@@ -312,8 +314,10 @@ impl Follower {
         if *self.changed.borrow() > self.seen {
             self.changed.mark_changed();
         }
-        if touched.instances || touched.posture || touched.other {
-            return self.publish(touched.instances).await;
+        if self.due.instances || self.due.posture || self.due.other {
+            self.publish(self.due.instances).await?;
+            self.due = Touched::default();
+            return Ok(());
         }
         // Only the number is new: the same worlds serve, and nobody needs to look.
         let mut view = self.fleet.view.write().unwrap_or_else(std::sync::PoisonError::into_inner);

@@ -156,7 +156,7 @@ impl Fleet {
         ])
     }
 
-    async fn rollout_record(&self, id: &str) -> Result<(Generation, u64, RolloutRecord), FleetError> {
+    pub(super) async fn rollout_record(&self, id: &str) -> Result<(Generation, u64, RolloutRecord), FleetError> {
         let found = self.store.get(ROLLOUT, id).await?;
         let found = found.ok_or_else(|| FleetError::NotFound(format!("there is no rollout `{id}`")))?;
         Ok((found.revision, found.created_ms, found.read()?))
