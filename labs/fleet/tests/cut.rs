@@ -209,8 +209,9 @@ fn a_machine_whose_cable_was_cut_arrives_later_and_holds_up_nobody() {
     assert!(members[0].machine.held() == before && holds(&members[0], 4001), "it heard something while it was cut off");
 
     cable(&server, 0, true);
+    let cut = cut.elapsed();
     let took = until("machine 0 arrives", || holds(&members[0], 4003) && knows(&members[0]) == MACHINES - 1);
-    eprintln!("cut for {:.0} s; machine 0 arrived {:.1} s after", cut.elapsed().as_secs_f64(), took.as_secs_f64());
+    eprintln!("cut for {:.0} s; machine 0 arrived {:.1} s after", cut.as_secs_f64(), took.as_secs_f64());
     until("the rollout is done", || state(&second).state == RolloutState::Done);
     until("all are in sync", || fleet.count().in_sync == MACHINES - 1 || fleet.count().in_sync == MACHINES);
     assert!(members[0].machine.held().generation > before.generation);
