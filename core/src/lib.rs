@@ -6,6 +6,7 @@
 mod address;
 mod finding;
 mod generation;
+mod hex;
 mod place;
 mod ports;
 mod protocol;
@@ -14,6 +15,7 @@ mod words;
 pub use address::{AddrRange, Family, Prefix, PrefixError};
 pub use finding::{Finding, Severity};
 pub use generation::Generation;
+pub use hex::{hex, unhex};
 pub use place::Place;
 pub use ports::{PortRange, PortRangeError};
 pub use protocol::{Protocol, ProtocolError};

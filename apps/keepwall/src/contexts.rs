@@ -77,14 +77,9 @@ pub struct Aim {
 
 fn digest(text: &str) -> Result<[u8; 32], Failure> {
     let plain: String = text.chars().filter(|c| *c != ':').collect();
-    let byte = |n: usize| plain.get(2 * n..2 * n + 2).and_then(|two| u8::from_str_radix(two, 16).ok());
-    let mut out = [0; 32];
-    for (n, place) in out.iter_mut().enumerate() {
-        *place = byte(n).filter(|_| plain.len() == 64 && plain.is_ascii()).ok_or_else(|| {
-            Failure::new("a SHA-256 has 64 hexadecimal digits", "openssl x509 -in ca.pem -outform DER | sha256sum")
-        })?;
-    }
-    Ok(out)
+    keepwall_core::unhex(&plain).ok_or_else(|| {
+        Failure::new("a SHA-256 has 64 hexadecimal digits", "openssl x509 -in ca.pem -outform DER | sha256sum")
+    })
 }
 
 fn path() -> Result<PathBuf, Failure> {

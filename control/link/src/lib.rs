@@ -138,19 +138,12 @@ mod hex {
     use serde::{Deserialize as _, Deserializer, Serializer, de::Error as _};
 
     pub(super) fn serialize<S: Serializer>(bytes: &[u8; 32], to: S) -> Result<S::Ok, S::Error> {
-        to.serialize_str(&bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>())
+        to.serialize_str(&keepwall_core::hex(bytes))
     }
 
     pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<[u8; 32], D::Error> {
         let text = String::deserialize(from)?;
-        let mut out = [0; 32];
-        if text.len() != 64 || !text.bytes().all(|digit| digit.is_ascii_hexdigit()) {
-            return Err(D::Error::custom("a digest has 64 hex digits"));
-        }
-        for (n, byte) in out.iter_mut().enumerate() {
-            *byte = u8::from_str_radix(&text[n * 2..n * 2 + 2], 16).map_err(D::Error::custom)?;
-        }
-        Ok(out)
+        keepwall_core::unhex(&text).ok_or_else(|| D::Error::custom("a digest has 64 hex digits"))
     }
 }
 

@@ -34,11 +34,7 @@ fn sign(key: &[u8; 32], purpose: &str, parts: &[&[u8]]) -> String {
         context.update(&(part.len() as u64).to_be_bytes());
         context.update(part);
     }
-    hex(context.sign().as_ref())
-}
-
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    keepwall_core::hex(context.sign().as_ref())
 }
 
 /// All lines are as they were written.

@@ -29,7 +29,7 @@ use crate::queue::{Job, QUEUE_MAX};
 use crate::rows::{self, Portion};
 use crate::{
     AuditLine, Change, Commit, Committed, Filter, Generation, LEASE_MS_MAX, PAGE_MAX, Resource, Retention, Row, Store,
-    StoreError, Stream, audit,
+    StoreError, Stream,
 };
 
 /// How long a call waits for a PostgreSQL that is away: a restart takes a few seconds.
@@ -147,7 +147,7 @@ fn random_id() -> Result<String, StoreError> {
     let mut bytes = [0; 16];
     let random = ring::rand::SystemRandom::new();
     random.fill(&mut bytes).map_err(|_| StoreError::Unavailable("the system gives no random numbers".to_owned()))?;
-    Ok(audit::hex(&bytes))
+    Ok(keepwall_core::hex(&bytes))
 }
 
 /// Wakes up who follows, if this is news.

@@ -39,19 +39,12 @@ impl std::str::FromStr for Token {
         let (server, digest, secret) = (lines.next(), lines.next(), lines.next());
         let (Some(server), Some(digest), Some(secret)) = (server, digest, secret) else { return Err(wrong()) };
         crate::dial::host_and_port(server)?;
-        Ok(Token { server: server.to_owned(), authority: unhex(digest).ok_or_else(wrong)?, secret: secret.to_owned() })
+        Ok(Token {
+            server: server.to_owned(),
+            authority: keepwall_core::unhex(digest).ok_or_else(wrong)?,
+            secret: secret.to_owned(),
+        })
     }
-}
-
-pub(crate) fn unhex(text: &str) -> Option<[u8; 32]> {
-    let mut out = [0; 32];
-    if text.len() != 64 || !text.is_ascii() {
-        return None;
-    }
-    for (n, byte) in out.iter_mut().enumerate() {
-        *byte = u8::from_str_radix(&text[n * 2..n * 2 + 2], 16).ok()?;
-    }
-    Some(out)
 }
 
 #[cfg(test)]

@@ -21,6 +21,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use keepwall_api::fleet::{Labels, Report};
+pub(crate) use keepwall_core::hex;
+use keepwall_core::unhex;
 use keepwall_fleet::rollout::Fact;
 use keepwall_store::{Commit, Committed, Generation, Remember, Store, StoreError};
 use serde_json::json;
@@ -227,15 +229,6 @@ pub fn rfc3339(ms: u64) -> String {
     format!("{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}.{ms:03}Z", s / 3_600, s / 60 % 60, s % 60)
 }
 
-/// Bytes in hexadecimal.
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    use std::fmt::Write as _;
-    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut out, byte| {
-        let _ = write!(out, "{byte:02x}");
-        out
-    })
-}
-
 /// True if `text` is `bytes` in hexadecimal; ten thousand machines are compared so, many times a second.
 fn is_hex_of(text: &str, bytes: &[u8; 32]) -> bool {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
@@ -244,17 +237,6 @@ fn is_hex_of(text: &str, bytes: &[u8; 32]) -> bool {
             .iter()
             .zip(text.as_bytes().chunks_exact(2))
             .all(|(byte, pair)| pair[0] == DIGITS[usize::from(byte >> 4)] && pair[1] == DIGITS[usize::from(byte & 15)])
-}
-
-pub(crate) fn unhex(text: &str) -> Option<[u8; 32]> {
-    let mut out = [0; 32];
-    if text.len() != 64 || !text.is_ascii() {
-        return None;
-    }
-    for (n, byte) in out.iter_mut().enumerate() {
-        *byte = u8::from_str_radix(text.get(n * 2..n * 2 + 2)?, 16).ok()?;
-    }
-    Some(out)
 }
 
 /// A thread that panicked left a map as it was before or after one insertion: both are fine.
