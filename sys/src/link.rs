@@ -44,10 +44,24 @@ pub fn name(index: u32) -> io::Result<String> {
 /// # Errors
 /// There is none of this name, or `EPERM`.
 pub fn set_up(name: &str) -> io::Result<()> {
-    let up: u32 = 1;
+    set(name, IFF_UP)
+}
+
+/// Sets a device down: the other end of its cable carries nothing any more, and nobody says goodbye.
+///
+/// # Errors
+/// There is none of this name, or `EPERM`.
+pub fn set_down(name: &str) -> io::Result<()> {
+    set(name, 0)
+}
+
+/// Of a device's flags, the one that is changed here.
+const IFF_UP: u32 = 1;
+
+fn set(name: &str, flags: u32) -> io::Result<()> {
     let mut body = link_header(index(name)?);
-    body[8..12].copy_from_slice(&up.to_ne_bytes());
-    body[12..16].copy_from_slice(&up.to_ne_bytes());
+    body[8..12].copy_from_slice(&flags.to_ne_bytes());
+    body[12..16].copy_from_slice(&IFF_UP.to_ne_bytes());
     request(libc::RTM_NEWLINK, 0, &body)
 }
 

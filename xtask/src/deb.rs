@@ -9,9 +9,16 @@ use std::process::Command;
 
 use crate::{root, say};
 
+const MAINTAINER: &str = "The Keepwall authors <keepwall@example.org>";
 const PROGRAMS: [&str; 4] = ["keepwall", "keepwall-agent", "keepwall-uplink", "keepwalld"];
 const UNITS: [&str; 4] =
     ["keepwall-agent.service", "keepwall-restore.service", "keepwall-uplink.service", "keepwalld.service"];
+/// Programs without pages of clap's making: their `--help` is their page.
+const DAEMONS: [(&str, &str); 3] = [
+    ("keepwall-agent", "enforces security groups on this machine"),
+    ("keepwall-uplink", "speaks with a Keepwall control plane for this machine's agent"),
+    ("keepwalld", "Keepwall's control plane"),
+];
 /// Shell, where its completions go, and under which name.
 const COMPLETIONS: [(&str, &str); 3] = [
     ("bash", "usr/share/bash-completion/completions/keepwall"),
@@ -47,6 +54,28 @@ fn read(path: &Path) -> Result<Vec<u8>, String> {
 fn gzip(path: &Path) -> Result<(), String> {
     // No time and no name in it: the same tree makes the same package.
     run_it(Command::new("gzip").args(["-9nf"]).arg(path)).map(|_| ())
+}
+
+/// What git says of the last commit; nothing outside a clone.
+fn of_last_commit(format: &str) -> Option<String> {
+    let told = run_it(Command::new("git").current_dir(root()).args(["log", "-1"]).arg(format)).ok()?;
+    Some(String::from_utf8_lossy(&told).trim().to_owned()).filter(|told| !told.is_empty())
+}
+
+/// A page of what a program says of itself, as it says it.
+fn page(name: &str, what: &str, help: &str) -> String {
+    let version = env!("CARGO_PKG_VERSION");
+    let text: String = (help.lines())
+        .map(|line| line.replace('\\', "\\e").replace('-', "\\-"))
+        // At the beginning of a line these mean something to the formatter.
+        .map(|line| if line.starts_with(['.', '\'']) { format!("\\&{line}\n") } else { line + "\n" })
+        .collect();
+    let name_escaped = name.replace('-', "\\-");
+    format!(
+        ".TH {} 8 \"\" \"{name} {version}\" \"Keepwall\"\n.SH NAME\n{name_escaped} \\- {what}\n.SH DESCRIPTION\n.nf\n\
+         {text}.fi\n.SH SEE ALSO\n.BR keepwall (1),\n/usr/share/doc/keepwall/fleet.md\n",
+        name.to_uppercase()
+    )
 }
 
 /// `cargo xtask deb [--profile NAME]`
@@ -93,19 +122,33 @@ pub(crate) fn run(args: &[String]) -> Result<(), String> {
     for page in fs::read_dir(&man).map_err(|error| error.to_string())? {
         gzip(&page.map_err(|error| error.to_string())?.path())?;
     }
+    for (daemon, what) in DAEMONS {
+        let help = run_it(Command::new(built.join(daemon)).arg("--help"))?;
+        let to = tree.join(format!("usr/share/man/man8/{daemon}.8"));
+        put(&to, page(daemon, what, &String::from_utf8_lossy(&help)).as_bytes(), 0o644)?;
+        gzip(&to)?;
+    }
+    let version = env!("CARGO_PKG_VERSION");
     let doc = tree.join("usr/share/doc/keepwall");
-    put(&doc.join("changelog"), &read(&root.join("CHANGELOG.md"))?, 0o644)?;
+    let date = of_last_commit("--format=%cD").unwrap_or_else(|| "Thu, 01 Jan 1970 00:00:00 +0000".into());
+    let changelog = format!(
+        "keepwall ({version}) unstable; urgency=medium\n\n  * What is new: CHANGELOG.md.gz beside this file.\n\n \
+         -- {MAINTAINER}  {date}\n"
+    );
+    put(&doc.join("changelog"), changelog.as_bytes(), 0o644)?;
     gzip(&doc.join("changelog"))?;
-    for (from, to) in [("LICENSE", "copyright"), ("docs/fleet.md", "fleet.md"), ("docs/posture.md", "posture.md")] {
-        put(&doc.join(to), &read(&root.join(from))?, 0o644)?;
+    put(&doc.join("CHANGELOG.md"), &read(&root.join("CHANGELOG.md"))?, 0o644)?;
+    gzip(&doc.join("CHANGELOG.md"))?;
+    put(&doc.join("copyright"), &read(&debian.join("copyright"))?, 0o644)?;
+    for guide in ["fleet.md", "posture.md"] {
+        put(&doc.join(guide), &read(&root.join("docs").join(guide))?, 0o644)?;
     }
 
-    let version = env!("CARGO_PKG_VERSION");
     let size = run_it(Command::new("du").args(["-sk", "--apparent-size"]).arg(&tree))?;
     let kib = String::from_utf8_lossy(&size).split_whitespace().next().unwrap_or("0").to_owned();
     let control = format!(
-        "Package: keepwall\nVersion: {version}\nArchitecture: amd64\nMaintainer: The Keepwall authors \
-         <keepwall@localhost>\nInstalled-Size: {kib}\nDepends: libc6 (>= 2.36), passwd\nRecommends: systemd\n\
+        "Package: keepwall\nVersion: {version}\nArchitecture: amd64\nMaintainer: {MAINTAINER}\n\
+         Installed-Size: {kib}\nDepends: libc6 (>= 2.36), libgcc-s1, passwd\nRecommends: systemd\n\
          Section: admin\nPriority: optional\nDescription: cloud-grade security groups for machines you own\n \
          One posture, declared once, enforced on every machine: security groups with a\n cloud's exact semantics, \
          a control plane for fleets, and changes that revert by\n themselves unless they are confirmed. Nothing \
@@ -117,7 +160,13 @@ pub(crate) fn run(args: &[String]) -> Result<(), String> {
         put(&tree.join("DEBIAN").join(script), &read(&debian.join(script))?, 0o755)?;
     }
     let package = target.join(format!("keepwall_{version}_amd64.deb"));
-    run_it(Command::new("dpkg-deb").args(["--root-owner-group", "--build"]).arg(&tree).arg(&package))?;
+    let mut pack = Command::new("dpkg-deb");
+    pack.args(["--root-owner-group", "--build"]).arg(&tree).arg(&package);
+    // The same commit makes the same bytes, whenever it is built.
+    if let Some(time) = of_last_commit("--format=%ct") {
+        pack.env("SOURCE_DATE_EPOCH", time);
+    }
+    run_it(&mut pack)?;
     say(format!("{}: sudo apt install ./{}", package.display(), package.file_name().unwrap_or_default().display()));
     Ok(())
 }

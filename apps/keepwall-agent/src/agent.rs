@@ -130,6 +130,7 @@ pub(crate) fn restore(state: &Path) -> Result<(), String> {
     enforcer.adopt(&record.intent)?;
     // What was pending was never confirmed, and the machine has been down since.
     record::clear_pending(&state).map_err(|error| error.to_string())?;
+    record::write_place(&state, &record::place()).map_err(|error| error.to_string())?;
     log(format!("restored {} of {}", record.generation, record.intent.instance));
     Ok(())
 }
@@ -190,6 +191,8 @@ impl Agent {
             boot: record::boot(),
         };
         agent.resume()?;
+        let noted = record::write_place(&agent.state, &record::place());
+        noted.map_err(|error| format!("cannot use {}: {error}", agent.state.path().display()))?;
         Ok(agent)
     }
 
@@ -207,8 +210,19 @@ impl Agent {
             Some(_) => self.revert("nobody confirmed it in time"),
             None => match self.confirmed.clone() {
                 Some(record) => {
-                    self.enforcer.adopt(&record.intent)?;
+                    // An agent that was here before had put its rules in.
+                    let here_before = record::last_place(self.state.path()) == record::place();
+                    let missing = if here_before { self.enforcer.missing()? } else { None };
+                    let change = self.enforcer.adopt(&record.intent)?;
                     self.drift = Drift::None;
+                    if let Some(what) = missing
+                        && change != Change::Unchanged
+                    {
+                        let what = format!("while no agent ran, {what}");
+                        log(format!("somebody changed our table, which is repaired: {what}"));
+                        self.drift = Drift::Repaired(vec![what]);
+                        self.repairs += 1;
+                    }
                     log(format!("enforcing {} of {}", record.generation, record.intent.instance));
                     Ok(())
                 }

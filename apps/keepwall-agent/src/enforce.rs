@@ -30,6 +30,7 @@ struct Loaded {
 }
 
 /// How a change went in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Change {
     Unchanged,
     Elements,
@@ -158,6 +159,16 @@ impl Enforcer {
         }
         self.serial += 1;
         Ok(format!("g{}", self.serial))
+    }
+
+    /// What somebody took away from an earlier agent's table; nothing, if there is any rule in it.
+    pub(crate) fn missing(&mut self) -> Result<Option<&'static str>, String> {
+        let present = self.nft.observe(TableFamily::Inet, TABLE).map_err(|error| chain(&error))?;
+        Ok(match present {
+            None => Some("the table was gone"),
+            Some(table) if table.chains.iter().all(|chain| chain.rules.is_empty()) => Some("all its rules were gone"),
+            Some(_) => None,
+        })
     }
 
     /// Takes over a table that an earlier agent left, if it holds just this intent; else replaces it.

@@ -16,6 +16,7 @@ const CONFIRMED: &str = "confirmed.json";
 const PENDING: &str = "pending.json";
 const GENERATION: &str = "generation";
 const FLEET: &str = "fleet.json";
+const PLACE: &str = "place";
 
 /// A state that was applied.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,6 +49,12 @@ pub(crate) struct Pending {
 /// Identifies this boot.
 pub(crate) fn boot() -> String {
     std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
+}
+
+/// Where rules are put in force: this boot's kernel, this network namespace. In another one nothing of ours can be left.
+pub(crate) fn place() -> String {
+    let namespace = std::fs::read_link("/proc/self/ns/net").unwrap_or_default();
+    format!("{} {}", boot(), namespace.display())
 }
 
 impl Pending {
@@ -104,6 +111,16 @@ pub(crate) fn highest(path: &Path) -> Generation {
 
 pub(crate) fn write_highest(state: &StateDir, generation: Generation) -> io::Result<()> {
     state.write(GENERATION, generation.0.to_string().as_bytes())
+}
+
+/// Where the agent before ran.
+pub(crate) fn last_place(path: &Path) -> String {
+    let bytes = state::read(path, PLACE).unwrap_or_default().unwrap_or_default();
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+pub(crate) fn write_place(state: &StateDir, place: &str) -> io::Result<()> {
+    state.write(PLACE, place.as_bytes())
 }
 
 pub(crate) fn binding(path: &Path) -> io::Result<Option<Binding>> {

@@ -53,6 +53,31 @@ fn a_killed_agents_rules_stay_and_the_next_one_takes_them_over() {
 }
 
 #[test]
+fn what_somebody_took_away_while_no_agent_ran_is_put_right_and_told() {
+    story(|| {
+        let mut bench = Bench::new("flushed");
+        bench.start();
+        applied(bench.apply(&intent(&[80]), None, None));
+        for (taken, words) in
+            [(["flush", "table"], "all its rules were gone"), (["delete", "table"], "the table was gone")]
+        {
+            bench.kill();
+            if nft(&[&taken[..], &["inet", "keepwall"]].concat()).is_none() {
+                return eprintln!("skipped: nftables is not installed");
+            }
+            bench.start();
+            let status = bench.status();
+            assert!(matches!(&status.drift, Drift::Repaired(what) if what[0].contains(words)), "{:?}", status.drift);
+            assert_eq!(status.repairs, 1);
+            assert!(nft(&["list", "table", "inet", "keepwall"]).unwrap().contains("web/ingress#80"));
+        }
+        bench.kill();
+        bench.start();
+        assert_eq!((bench.status().repairs, bench.status().drift), (0, Drift::None), "nobody touched it");
+    });
+}
+
+#[test]
 fn a_boot_comes_back_to_what_was_confirmed_and_not_to_what_was_pending() {
     let mut bench = Bench::new("boot");
     let bench = &mut bench;
@@ -73,9 +98,12 @@ fn a_boot_comes_back_to_what_was_confirmed_and_not_to_what_was_pending() {
         if let Some(table) = nft(&["list", "table", "inet", "keepwall"]) {
             assert!(table.contains("web/ingress#80\"") && !table.contains("web/ingress#8080"));
         }
+        // Another program of the boot empties every table before the agent is up.
+        let flushed = nft(&["flush", "table", "inet", "keepwall"]).is_some();
         bench.start();
         let status = bench.status();
         assert_eq!((status.generation, status.pending), (Generation(1), None));
+        assert_eq!(status.repairs, u64::from(flushed), "{:?}", status.drift);
         // A generation that was reverted is not given out again.
         assert_eq!(applied(bench.apply(&intent(&[81]), None, None)).generation, Generation(3));
     });

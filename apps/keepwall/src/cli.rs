@@ -411,6 +411,8 @@ pub enum LabCommand {
     Drill,
     /// Coexistence drill: other firewalls' tables beside ours
     Coexist,
+    /// Fleet drill: a server and four machines, through a bad change, kills, a cut cable and a revocation
+    Fleet,
     /// Run a command in one of the lab's machines (client, attacker, web, db)
     Exec {
         /// Which machine
@@ -424,6 +426,9 @@ pub enum LabCommand {
     /// The lab's listeners, started by the lab itself
     #[command(hide = true)]
     Serve,
+    /// The server of the fleet drill, started by the lab itself
+    #[command(hide = true)]
+    Server,
 }
 
 #[derive(Debug, Args)]

@@ -40,6 +40,13 @@ struct Enrolled {
     instance: String,
     server: String,
     left_out: Vec<String>,
+    /// False if the machine had a certificate before, and the token was shown to nobody.
+    #[serde(skip, default = "yes")]
+    by_token: bool,
+}
+
+fn yes() -> bool {
+    true
 }
 
 fn root() -> Result<(), Failure> {
@@ -81,14 +88,17 @@ fn fleet(context: &Context) -> Result<Option<FleetState>, Failure> {
 fn ensure_agent(context: &Context, state: &Path) -> Result<(), Failure> {
     let by_systemd =
         daemons::usual(&context.global.socket) && state == Path::new(keepwall_link::STATE) && daemons::has_unit(AGENT);
+    if by_systemd {
+        // One that runs already too: nothing else starts it after a boot.
+        daemons::systemctl(&["enable", "--quiet", "keepwall-restore.service", "keepwall-agent.service"])?;
+    }
     if context.agent.is_up() {
         return Ok(());
     }
     if !by_systemd {
         return exposure::start_agent(context, state);
     }
-    daemons::systemctl(&["enable", "--quiet", "keepwall-restore.service"])?;
-    daemons::systemctl(&["enable", "--quiet", "--now", "keepwall-agent.service"])?;
+    daemons::systemctl(&["start", "keepwall-agent.service"])?;
     exposure::await_agent(context, || "see journalctl -u keepwall-agent".to_owned())
 }
 
@@ -160,7 +170,7 @@ pub fn enroll(context: &Context, args: &cli::Enroll) -> Result<u8, Failure> {
         None => ask_in(context, args, &token, &word, user)?,
         // An enrolment that was cut short after the token was used: the rest of it.
         Some(known) if known.server == token.server => {
-            Enrolled { instance: known.instance, server: known.server, left_out: Vec::new() }
+            Enrolled { instance: known.instance, server: known.server, left_out: Vec::new(), by_token: false }
         }
         Some(known) => {
             return Err(Failure::new(
@@ -254,6 +264,10 @@ fn report(context: &Context, state: &Path, enrolled: &Enrolled, contact: bool) -
     };
     if !contact {
         ui::out(format!("{} There is no contact yet; the uplink goes on trying (see {log}).", ui::yellow("!")));
+        if !enrolled.by_token {
+            ui::out("  This machine had a certificate already, so the token was not used. If that certificate was");
+            ui::out("  revoked: keepwall leave, then this line again.");
+        }
     } else if held > 0 {
         ui::out(format!("{} Contact is made, and generation {held} of the fleet is in force here.", ui::green("✓")));
     } else if status.mode == "observing" {

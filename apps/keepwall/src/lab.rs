@@ -1,15 +1,16 @@
 //! `keepwall lab`: the command line of the lab.
 
+use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 
 use keepwall_lab::prove::{self, Proof};
-use keepwall_lab::{Line, Programs, coexist, drill, machine, serve};
+use keepwall_lab::{Line, Programs, coexist, drill, fleet, machine, serve};
 
 use crate::Context;
 use crate::cli::{self, LabCommand};
-use crate::daemons::program;
+use crate::daemons::{self, program};
 use crate::failure::Failure;
-use crate::ui;
+use crate::{own, ui};
 
 /// The lab's example, in the program too, so that the lab works wherever it is started.
 const EXAMPLE: &str = include_str!("../../../examples/web-and-db.yaml");
@@ -52,13 +53,16 @@ impl Drop for Guard {
 
 /// True for what the lab starts in its machines: they have no server to choose.
 pub fn is_internal(args: &cli::Lab) -> bool {
-    matches!(args.command, Some(LabCommand::Serve))
+    matches!(args.command, Some(LabCommand::Serve | LabCommand::Server))
 }
 
 pub fn run(context: &Context, args: &cli::Lab) -> Result<u8, Failure> {
     if let Some(LabCommand::Serve) = &args.command {
         serve::run().map_err(failed)?;
         return Ok(0);
+    }
+    if let Some(LabCommand::Server) = &args.command {
+        return server();
     }
     if let Some(LabCommand::Exec { machine, command }) = &args.command {
         let code = prove::exec(machine, command).map_err(failed)?;
@@ -107,7 +111,32 @@ pub fn run(context: &Context, args: &cli::Lab) -> Result<u8, Failure> {
             let lines = coexist::coexist(&programs()?, &posture, |line| print(line)).map_err(failed)?;
             Ok(finish(context, &lines))
         }
-        Some(LabCommand::Serve | LabCommand::Exec { .. }) => Ok(0),
+        Some(LabCommand::Fleet) => {
+            let _guard = Guard(true);
+            let mut print = printer(context);
+            let lines = fleet::fleet(&programs()?, sayer(context), |line| print(line)).map_err(failed)?;
+            Ok(finish(context, &lines))
+        }
+        Some(LabCommand::Serve | LabCommand::Server | LabCommand::Exec { .. }) => Ok(0),
+    }
+}
+
+/// Becomes the server of the fleet drill, without privilege, in the namespace that this was started in.
+fn server() -> Result<u8, Failure> {
+    let user = own::user();
+    daemons::give(&machine::directory("server").join("state"), user)?;
+    let mut server = daemons::unprivileged(own::PROGRAM, user);
+    let error = server.command.arg("run").arg("--config").arg(fleet::config()).exec();
+    Err(daemons::not_started(own::PROGRAM, &error))
+}
+
+/// What is under way, unless data is asked for.
+fn sayer(context: &Context) -> impl Fn(&str) + use<> {
+    let json = context.global.json;
+    move |text| {
+        if !json {
+            ui::say(ui::dim(text));
+        }
     }
 }
 
@@ -115,13 +144,9 @@ pub fn run(context: &Context, args: &cli::Lab) -> Result<u8, Failure> {
 fn enforced(context: &Context, args: &cli::Lab, clear: bool) -> Result<(Guard, Vec<Proof>, PathBuf), Failure> {
     let posture = example(args)?;
     let programs = programs()?;
-    let say = |text: &str| {
-        if !context.global.json {
-            ui::say(ui::dim(text));
-        }
-    };
+    let say = sayer(context);
     let mut guard = Guard(true);
-    let checked = prove::up(&programs, &posture, say).map_err(failed)?;
+    let checked = prove::up(&programs, &posture, &say).map_err(failed)?;
     say("trying every packet with nothing enforced …");
     let before = prove::prove(&checked, None).map_err(failed)?;
     say("applying the posture on web and db …");

@@ -21,7 +21,7 @@ use crate::failure::Failure;
 use crate::fleet::Server;
 use crate::{Context, cli, enroll, ui};
 
-const PROGRAM: &str = "keepwalld";
+pub const PROGRAM: &str = "keepwalld";
 const UNIT: &str = "keepwalld.service";
 /// The account that it runs as; without it, see [`daemons::account`].
 const ACCOUNT: &str = "keepwall";
@@ -71,6 +71,11 @@ fn is_up(link: &Path) -> bool {
     UnixStream::connect(link).is_ok()
 }
 
+/// Whom it runs as, where systemd does not say so.
+pub fn user() -> User {
+    daemons::account(ACCOUNT, ACCOUNT_ID)
+}
+
 /// Starts it unless it runs. False if it ran already.
 pub fn start(context: &Context, state: &Path) -> Result<bool, Failure> {
     let places = Places::of(&context.global.socket, state);
@@ -81,7 +86,7 @@ pub fn start(context: &Context, state: &Path) -> Result<bool, Failure> {
     if by_systemd(context) {
         daemons::systemctl(&["enable", "--quiet", "--now", UNIT])?;
     } else {
-        let user = daemons::account(ACCOUNT, ACCOUNT_ID);
+        let user = user();
         daemons::give(&places.state, user)?;
         prepare(&places, user)?;
         daemon.stop()?;

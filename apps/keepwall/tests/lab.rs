@@ -19,11 +19,11 @@ fn keepwall() -> Command {
 
 /// The reason to skip, said aloud.
 fn cannot() -> Option<&'static str> {
-    let agent = PathBuf::from(env!("CARGO_BIN_EXE_keepwall")).with_file_name("keepwall-agent");
+    let beside = |name| PathBuf::from(env!("CARGO_BIN_EXE_keepwall")).with_file_name(name).exists();
     let why = if std::fs::metadata("/proc/self").is_ok_and(|m| std::os::unix::fs::MetadataExt::uid(&m) != 0) {
         "needs root"
-    } else if !agent.exists() {
-        "needs keepwall-agent beside keepwall: cargo build --workspace"
+    } else if !["keepwall-agent", "keepwall-uplink", "keepwalld"].into_iter().all(beside) {
+        "needs the other programs beside keepwall: cargo build --workspace"
     } else {
         return None;
     };
@@ -47,6 +47,11 @@ fn nothing_left() {
     }
     let names = std::fs::read_dir("/run/netns").into_iter().flatten().flatten();
     assert_eq!(names.filter(|n| n.file_name().to_string_lossy().starts_with("kwlab-")).count(), 0);
+    for process in std::fs::read_dir("/proc").unwrap().flatten() {
+        let words = std::fs::read(process.path().join("cmdline")).unwrap_or_default();
+        let words = String::from_utf8_lossy(&words).into_owned();
+        assert!(!words.contains("/run/keepwall-lab/"), "{words}");
+    }
 }
 
 #[test]
@@ -105,6 +110,24 @@ fn a_killed_lab_is_cleared_away_by_the_next_one() {
     nothing_left();
 }
 
+#[test]
+fn a_killed_fleet_is_cleared_away_with_its_server_and_its_machines() {
+    let _turn = turn();
+    if cannot().is_some() {
+        return;
+    }
+    let mut child = keepwall().args(["lab", "fleet", "--json"]).stdout(std::process::Stdio::null()).spawn().unwrap();
+    let end = std::time::Instant::now() + std::time::Duration::from_secs(30);
+    while !Path::new("/run/keepwall-lab/web1/keepwall-uplink.pid").exists() && child.try_wait().unwrap().is_none() {
+        assert!(std::time::Instant::now() < end, "no machine enrols");
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(run(&["lab", "down"]).status.success());
+    nothing_left();
+}
+
 fn drill(which: &str) {
     let _turn = turn();
     if cannot().is_some() {
@@ -112,7 +135,7 @@ fn drill(which: &str) {
     }
     let output = run(&["lab", which, "--json"]);
     if String::from_utf8_lossy(&output.stderr).contains("is needed for this drill") {
-        eprintln!("skipped: nftables and iptables are not installed");
+        eprintln!("skipped: nftables or iptables is not installed");
         return;
     }
     for row in rows(&output) {
@@ -125,6 +148,11 @@ fn drill(which: &str) {
 #[test]
 fn nobody_is_locked_out() {
     drill("drill");
+}
+
+#[test]
+fn a_fleet_goes_on_through_waves_kills_cuts_and_a_revoked_machine() {
+    drill("fleet");
 }
 
 #[test]

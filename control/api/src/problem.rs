@@ -93,7 +93,7 @@ codes! {
     HAND_WRITTEN = "hand_written" 409 "It stands in a file that was written by hand",
         "Change that file: PUT /posture/files/NAME, or the rules one by one, which keeps its comments.";
     WRONG_STATE = "wrong_state" 409 "Not in this state",
-        "The detail says what state it is in.";
+        "Look at what state it is in (the detail says it), and ask again when that allows it.";
     CONFLICT = "conflict" 409 "Somebody else was faster",
         "Read it again, and repeat the change.";
     KEY_REUSED = "idempotency_key_reused" 409 "The idempotency key was used for another request",

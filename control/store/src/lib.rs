@@ -307,6 +307,9 @@ impl std::error::Error for StoreError {}
 /// What the control plane keeps. Everything is safe to call from many tasks at once.
 #[async_trait]
 pub trait Store: Send + Sync + 'static {
+    /// True if several servers may use it at the same time.
+    fn shared(&self) -> bool;
+
     /// One resource.
     async fn get(&self, kind: &str, name: &str) -> Result<Option<Resource>, StoreError>;
 

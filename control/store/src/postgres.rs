@@ -268,6 +268,10 @@ fn all<T>(rows: &[SqlRow], read: impl Fn(&SqlRow) -> Result<T, StoreError>) -> R
 
 #[async_trait]
 impl Store for PostgresStore {
+    fn shared(&self) -> bool {
+        true
+    }
+
     async fn get(&self, kind: &str, name: &str) -> Result<Option<Resource>, StoreError> {
         let (kind, name) = (limits::asked("kind", kind)?, limits::asked("name", name)?);
         let sql = format!("SELECT {RESOURCE} FROM keepwall.resources WHERE kind = $1 AND name = $2");

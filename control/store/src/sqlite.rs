@@ -292,6 +292,10 @@ fn now_ms() -> u64 {
 
 #[async_trait]
 impl Store for SqliteStore {
+    fn shared(&self) -> bool {
+        false
+    }
+
     async fn get(&self, kind: &str, name: &str) -> Result<Option<Resource>, StoreError> {
         let (kind, name) = (limits::asked("kind", kind)?, limits::asked("name", name)?);
         let sql = format!("SELECT {RESOURCE} FROM resources WHERE kind = ?1 AND name = ?2");

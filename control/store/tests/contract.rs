@@ -5,7 +5,7 @@
 mod common;
 
 use std::collections::BTreeSet;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -643,6 +643,23 @@ fn a_backup_comes_back_in_another_epoch_and_what_was_there_stays_aside() {
         assert!(third.generation > again.generation);
         let store = place.open().await;
         assert_eq!(store.list("thing", None, PAGE_MAX).await.unwrap().len(), 60);
+    });
+}
+
+#[test]
+fn what_root_restores_belongs_to_the_server() {
+    common::play_on_sqlite(async |place| {
+        let Place::Sqlite(directory) = &*place else { unreachable!("played on SQLite") };
+        let (path, backup) = (Place::path(directory), directory.0.join("backup"));
+        place.open().await.commit(ops(vec![put("a", Expect::Any, "x")])).await.unwrap();
+        keepwall_store::sqlite::copy(&path, &backup).unwrap();
+        // Nobody has this number. Only root may give it a directory; for others there is nothing to see.
+        if std::os::unix::fs::chown(&directory.0, Some(64_900), Some(64_901)).is_err() {
+            return;
+        }
+        restore(&backup, &path).unwrap();
+        let made = std::fs::metadata(&path).unwrap();
+        assert_eq!((made.uid(), made.gid()), (64_900, 64_901));
     });
 }
 

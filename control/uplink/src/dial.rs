@@ -57,6 +57,8 @@ impl Route {
             };
             let _ = tcp.set_nodelay(true);
             let name = ServerName::try_from(SERVER_NAME).map_err(|error| error.to_string())?;
+            // What is not acknowledged for so long never will be: a cable was cut. It is dialled again.
+            let _ = socket2::SockRef::from(&tcp).set_tcp_user_timeout(Some(keepwall_wire::UNACKNOWLEDGED));
             let done = TlsConnector::from(tls).connect(name, tcp).await;
             done.map_err(|error| format!("{} does not speak as it should: {error}", self.server))
         };

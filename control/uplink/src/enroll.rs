@@ -1,6 +1,7 @@
 //! Enrolment: a key is made here, the token lets it in, a certificate comes back.
 
 use std::net::IpAddr;
+use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -18,6 +19,10 @@ use crate::token::Token;
 
 /// The largest answer.
 const ANSWER_BYTES_MAX: usize = 256 * 1024;
+/// As often it is asked again if an answer was lost, or the server says that it is busy.
+const AGAIN_MAX: u32 = 10;
+/// After so long.
+const AGAIN: Duration = Duration::from_secs(1);
 
 /// What this machine says of itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -64,7 +69,29 @@ pub struct Enrolled {
     pub left_out: Vec<String>,
 }
 
-/// Enrols. The same `request` may be shown again if no answer came.
+/// Sends what a machine says, and hears the answer.
+async fn post(route: &Route, tls: &Tls, body: Bytes, sent: &mut bool) -> Result<(StatusCode, Bytes), String> {
+    let stream = route.dial(tls.speaking(Speak::Http)).await?;
+    let (mut sender, connection) =
+        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|error| error.to_string())?;
+    tokio::spawn(connection);
+    let http = hyper::Request::post(ENROLL_PATH)
+        .header("host", &route.server)
+        .header("content-type", "application/json")
+        .body(Full::<Bytes>::from(body))
+        .map_err(|error| error.to_string())?;
+    *sent = true;
+    let answered = async {
+        let response = sender.send_request(http).await.map_err(|error| error.to_string())?;
+        let status = response.status();
+        let body = Limited::new(response.into_body(), ANSWER_BYTES_MAX).collect().await;
+        Ok((status, body.map_err(|error| error.to_string())?.to_bytes()))
+    };
+    let answered = tokio::time::timeout(crate::dial::DIAL, answered).await;
+    answered.map_err(|_| format!("{} does not answer", route.server))?
+}
+
+/// Enrols. The same `request` may be shown again if no answer came, and is, for a while.
 ///
 /// # Errors
 /// In words: not reachable, not the server of the token, refused and why.
@@ -77,10 +104,6 @@ pub async fn enroll(
 ) -> Result<Enrolled, String> {
     let route = Route { server: token.server.clone(), proxy: proxy.clone(), from };
     let tls = Tls::pinned(token.authority)?;
-    let stream = route.dial(tls.speaking(Speak::Http)).await?;
-    let (mut sender, connection) =
-        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|error| error.to_string())?;
-    tokio::spawn(connection);
     let ask = Ask {
         token: &token.secret,
         request: STANDARD.encode(request.der()?),
@@ -89,20 +112,23 @@ pub async fn enroll(
         version: env!("CARGO_PKG_VERSION"),
     };
     let body = serde_json::to_vec(&ask).map_err(|error| error.to_string())?;
-    let http = hyper::Request::post(ENROLL_PATH)
-        .header("host", &token.server)
-        .header("content-type", "application/json")
-        .body(Full::<Bytes>::from(body))
-        .map_err(|error| error.to_string())?;
-    let answered = async {
-        let response = sender.send_request(http).await.map_err(|error| error.to_string())?;
-        let status = response.status();
-        let body = Limited::new(response.into_body(), ANSWER_BYTES_MAX).collect().await;
-        Ok::<_, String>((status, body.map_err(|error| error.to_string())?.to_bytes()))
+    let body = Bytes::from(body);
+    let mut tries = 0;
+    let (status, body) = loop {
+        let mut sent = false;
+        let why = match post(&route, &tls, body.clone(), &mut sent).await {
+            Ok((StatusCode::SERVICE_UNAVAILABLE, _)) if tries < AGAIN_MAX => "the server is busy".to_owned(),
+            Ok(answered) => break answered,
+            Err(why) => why,
+        };
+        // The token may be used up by an answer that was lost; with the same key it is answered again.
+        tries += u32::from(sent || tries > 0);
+        if tries == 0 || tries > AGAIN_MAX {
+            return Err(why);
+        }
+        tracing::warn!(why, "the answer was lost; asking again");
+        tokio::time::sleep(AGAIN).await;
     };
-    let (status, body) = tokio::time::timeout(crate::dial::DIAL, answered)
-        .await
-        .map_err(|_| format!("{} does not answer", token.server))??;
     if status != StatusCode::CREATED {
         let detail = serde_json::from_slice::<Refusal>(&body).map(|refusal| refusal.detail);
         return Err(detail.unwrap_or_else(|_| format!("the server answers {status}")));

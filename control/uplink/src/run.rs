@@ -40,7 +40,7 @@ const SHORT: Duration = Duration::from_secs(120);
 /// So many short streams in a row, and polls are tried instead.
 const SHORT_MAX: u32 = 3;
 /// After so long of polling, a stream is tried again.
-const POLLING: Duration = Duration::from_secs(3_600);
+const POLLING: Duration = Duration::from_secs(600);
 /// The largest answer to a poll.
 const POLL_BYTES_MAX: usize = SERVER_FRAME_MAX + 64 * 1024;
 
@@ -168,7 +168,15 @@ impl<M: Machine> Uplink<M> {
             let pause = match cut {
                 Cut::Stopped => return Ended::Stopped,
                 Cut::Goodbye(reason, after) => {
-                    tracing::info!(reason, "the server ends the stream");
+                    if reason == "revoked" {
+                        tracing::warn!(
+                            "the server no longer takes this machine's certificate: it was removed or revoked. What is \
+                             enforced stays. Make a token for its name and run `keepwall enroll` with it, or run \
+                             `keepwall leave`"
+                        );
+                    } else {
+                        tracing::info!(reason, "the server ends the stream");
+                    }
                     failures = 0;
                     after.max(self.spread)
                 }
@@ -177,7 +185,7 @@ impl<M: Machine> Uplink<M> {
                     short = if welcomed && began.elapsed() < SHORT && !polling { short + 1 } else { 0 };
                     tracing::warn!(why, failures, "no contact with the server; what is enforced stays");
                     if short >= SHORT_MAX {
-                        tracing::warn!("streams are cut on the way again and again: polling for an hour");
+                        tracing::warn!("streams are cut on the way again and again: polling for ten minutes");
                         polling_until = Some(Instant::now() + POLLING);
                         short = 0;
                     }
@@ -275,7 +283,10 @@ impl<M: Machine> Uplink<M> {
                 },
                 done = finished(&mut self.work) => {
                     self.work = None;
-                    Some(self.done(done, held).await)
+                    let mut out = BytesMut::from(&self.done(done, held).await[..]);
+                    // What it did to the machine is seen with it.
+                    out.extend(self.look(&mut told).await.unwrap_or_default());
+                    Some(out.freeze())
                 }
                 _ = heartbeat.tick() => Some(say(from_agent::Say::Heartbeat(Heartbeat {}))),
                 _ = look.tick() => self.look(&mut told).await,
@@ -495,9 +506,11 @@ async fn apply<M: Machine>(
         return Ok(());
     }
     loop {
-        let why = match probe(route, tls).await {
-            Ok(()) => return machine.confirm(state).await,
-            Err(why) => why,
+        // Not longer than there is time to take it back, and to say why.
+        let why = match timeout(until.saturating_duration_since(Instant::now()).min(PROBE), probe(route, tls)).await {
+            Ok(Ok(())) => return machine.confirm(state).await,
+            Ok(Err(why)) => why,
+            Err(_) => "the server does not answer".to_owned(),
         };
         if Instant::now() + PROBE_AGAIN >= until {
             let taken_back = machine.revert(state).await;
@@ -512,12 +525,9 @@ async fn apply<M: Machine>(
 }
 
 async fn probe(route: &Route, tls: &Tls) -> Result<(), String> {
-    let greeted = async {
-        let mut stream = route.dial(tls.speaking(Speak::Probe)).await?;
-        let byte = stream.read_u8().await.map_err(|error| error.to_string())?;
-        if byte == b'k' { Ok(()) } else { Err("the server does not greet as it should".to_owned()) }
-    };
-    timeout(PROBE, greeted).await.map_err(|_| "the server does not answer".to_owned())?
+    let mut stream = route.dial(tls.speaking(Speak::Probe)).await?;
+    let byte = stream.read_u8().await.map_err(|error| error.to_string())?;
+    if byte == b'k' { Ok(()) } else { Err("the server does not greet as it should".to_owned()) }
 }
 
 async fn post(route: &Route, tls: &Tls, body: Bytes) -> Result<Vec<FromServer>, String> {

@@ -1,10 +1,11 @@
 //! Between messages and what they mean.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
 
 use bytes::{BufMut, Bytes, BytesMut};
 use keepwall_core::{Family, Prefix};
-use keepwall_fleet::bundle::{Bundle, Change, Digest, MEMBERS_MAX, SETS_MAX, SetChange};
+use keepwall_fleet::bundle::{Bundle, Change, Digest, MEMBERS_MAX, SETS_MAX, Set, SetChange};
 use keepwall_fleet::sync::{self, Applied, Refusal};
 use prost::Message;
 
@@ -118,8 +119,8 @@ pub enum Body {
 /// A whole bundle as the body of an offer.
 #[must_use]
 pub fn write_whole(bundle: &Bundle) -> Bytes {
-    let set = |(name, members): (&String, &Vec<Prefix>)| {
-        set_message(&SetChange { name: name.clone(), anew: true, add: members.clone(), remove: Vec::new() })
+    let set = |(name, set): (&Arc<str>, &Set)| {
+        set_message(&SetChange { name: name.to_string(), anew: true, add: set.to_vec(), remove: Vec::new() })
     };
     let whole =
         wire::Whole { rules: Bytes::copy_from_slice(bundle.rules()), sets: bundle.sets().iter().map(set).collect() };
@@ -184,7 +185,7 @@ pub fn read_body(bytes: Bytes, whole: bool) -> Result<Body, BadMessage> {
         let mut sets = std::collections::BTreeMap::new();
         for set in &whole.sets {
             let set = set_change(set)?;
-            if sets.insert(set.name.clone(), set.add).is_some() {
+            if sets.insert(set.name.as_str().into(), Set::new(set.add)).is_some() {
                 return bad(format!("set `{}` comes twice", set.name));
             }
         }
@@ -242,12 +243,14 @@ fn unpack(v4: &[u8], v6: &[u8]) -> Result<Vec<Prefix>, BadMessage> {
         return bad(format!("more than {MEMBERS_MAX} members in a set"));
     }
     let prefix = |address: IpAddr, len: u8| Prefix::new(address, len).map_err(|error| BadMessage(error.to_string()));
-    let v4 = v4.iter().map(|[len, a, b, c, d]| prefix(Ipv4Addr::new(*a, *b, *c, *d).into(), *len));
-    let v6 = v6.iter().map(|bytes| {
-        let (len, address) = (bytes[0], <[u8; 16]>::try_from(&bytes[1..]).unwrap_or_default());
-        prefix(Ipv6Addr::from(address).into(), len)
-    });
-    v4.chain(v6).collect()
+    let mut out = Vec::with_capacity(v4.len() + v6.len());
+    for [len, a, b, c, d] in v4 {
+        out.push(prefix(Ipv4Addr::new(*a, *b, *c, *d).into(), *len)?);
+    }
+    for [len, address @ ..] in v6 {
+        out.push(prefix(Ipv6Addr::from(*address).into(), *len)?);
+    }
+    Ok(out)
 }
 
 #[cfg(test)]
@@ -257,14 +260,14 @@ mod tests {
 
     #[test]
     fn a_bundle_and_a_change_arrive_as_they_were_sent() {
-        let members = |all: &[&str]| all.iter().map(|m| m.parse::<Prefix>().unwrap()).collect::<Vec<_>>();
+        let members = |all: &[&str]| Set::new(all.iter().map(|m| m.parse().unwrap()).collect());
         let a = Bundle::from_parts(
             b"{}".to_vec(),
-            [("group:web".to_owned(), members(&["10.0.0.1", "10.0.0.0/24", "fd00::/8"]))].into(),
+            [("group:web".into(), members(&["10.0.0.1", "10.0.0.0/24", "fd00::/8"]))].into(),
         )
         .unwrap();
-        let b = Bundle::from_parts(b"{ }".to_vec(), [("group:db".to_owned(), members(&["0.0.0.0/0", "::/0"]))].into())
-            .unwrap();
+        let b =
+            Bundle::from_parts(b"{ }".to_vec(), [("group:db".into(), members(&["0.0.0.0/0", "::/0"]))].into()).unwrap();
         let state = sync::State { generation: 7, digest: a.digest() };
         let frame = offer_frame("web-1", state, None, &write_whole(&a), 60, "");
         let [wire::FromServer { say: Some(wire::from_server::Say::Offer(offer)) }] =

@@ -40,6 +40,8 @@ pub const SERVER_FRAME_MAX: usize = 64 * 1024 * 1024;
 pub const REPORT_ROWS_MAX: usize = 256;
 /// How often an instance says that it is there, seconds, unless it said something else. The server may ask for less.
 pub const HEARTBEAT_S: u32 = 20;
+/// Both sides give a connection up when what they sent is not acknowledged for so long: `TCP_USER_TIMEOUT`, tcp(7).
+pub const UNACKNOWLEDGED: std::time::Duration = std::time::Duration::from_secs(15);
 /// Bytes of the length before each message.
 pub const HEAD: usize = 4;
 

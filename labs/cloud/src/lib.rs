@@ -8,11 +8,12 @@
 //! ```
 //!
 //! Each machine is a namespace with one device `eth0`. The same programs that protect a real machine run in `web`
-//! and `db`. Everything has a name that only the lab uses, and is found again by that name: a lab that was killed is
+//! and `db`. The lab of a [`fleet`] has other machines behind the same router. Everything has a name that only the lab uses, and is found again by that name: a lab that was killed is
 //! cleared away by the next one, and nothing else is ever touched.
 
 pub mod coexist;
 pub mod drill;
+pub mod fleet;
 pub mod machine;
 pub mod probe;
 pub mod prove;

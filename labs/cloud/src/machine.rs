@@ -3,7 +3,7 @@
 use std::fs;
 use std::io;
 use std::net::IpAddr;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::thread;
@@ -21,6 +21,8 @@ pub const DIRECTORY: &str = "/run/keepwall-lab";
 const NAMES: &str = "/run/netns";
 /// Only one lab at a time.
 const LOCK: &str = "/run/keepwall-lab.lock";
+/// Looks for processes that are to be ended.
+const LOOKS_MAX: usize = 10;
 /// An agent that does not answer by then is broken.
 const AGENT_STARTS_WITHIN: Duration = Duration::from_secs(10);
 
@@ -35,43 +37,64 @@ pub struct Machine {
     pub extra: &'static [(&'static str, u8)],
 }
 
-/// Everybody.
+const CLIENT: Machine =
+    Machine { name: "client", addresses: &[("10.77.0.10", 24, "10.77.0.1"), ("fd77::10", 64, "fd77::1")], extra: &[] };
+const ATTACKER: Machine = Machine {
+    name: "attacker",
+    addresses: &[("10.77.9.66", 24, "10.77.9.1"), ("fd77:9::66", 64, "fd77:9::1")],
+    extra: &[("203.0.113.66", 32), ("2001:db8:9::66", 128)],
+};
+
+/// Everybody in the lab of two protected machines.
 pub const MACHINES: [Machine; 4] = [
-    Machine { name: "client", addresses: &[("10.77.0.10", 24, "10.77.0.1"), ("fd77::10", 64, "fd77::1")], extra: &[] },
-    Machine {
-        name: "attacker",
-        addresses: &[("10.77.9.66", 24, "10.77.9.1"), ("fd77:9::66", 64, "fd77:9::1")],
-        extra: &[("203.0.113.66", 32), ("2001:db8:9::66", 128)],
-    },
+    CLIENT,
+    ATTACKER,
     Machine { name: "web", addresses: &[("10.77.1.10", 24, "10.77.1.1"), ("fd77:1::10", 64, "fd77:1::1")], extra: &[] },
     Machine { name: "db", addresses: &[("10.77.2.10", 24, "10.77.2.1"), ("fd77:2::10", 64, "fd77:2::1")], extra: &[] },
 ];
 
+/// Everybody in the lab of a fleet.
+pub const FLEET: [Machine; 7] = [
+    CLIENT,
+    ATTACKER,
+    Machine { name: "server", addresses: &[("10.77.10.10", 24, "10.77.10.1")], extra: &[] },
+    Machine { name: "web1", addresses: &[("10.77.11.10", 24, "10.77.11.1")], extra: &[] },
+    Machine { name: "web2", addresses: &[("10.77.12.10", 24, "10.77.12.1")], extra: &[] },
+    Machine { name: "db1", addresses: &[("10.77.13.10", 24, "10.77.13.1")], extra: &[] },
+    Machine { name: "bastion", addresses: &[("10.77.14.10", 24, "10.77.14.1")], extra: &[] },
+];
+
 const ROUTER: &str = "router";
 
-/// The machine of that name.
-#[must_use]
-pub fn machine(name: &str) -> Option<&'static Machine> {
-    MACHINES.iter().find(|machine| machine.name == name)
+/// The machines that are there now.
+pub(crate) fn present() -> impl Iterator<Item = &'static Machine> {
+    let others = FLEET.iter().filter(|machine| !MACHINES.contains(machine));
+    MACHINES.iter().chain(others).filter(|machine| ns_path(machine.name).exists())
 }
 
 fn ns_path(name: &str) -> PathBuf {
     Path::new(NAMES).join(format!("kwlab-{name}"))
 }
 
+/// Where a machine of the lab keeps its files.
+#[must_use]
+pub fn directory(machine: &str) -> PathBuf {
+    Path::new(DIRECTORY).join(machine)
+}
+
 /// Where an agent of the lab listens.
 #[must_use]
 pub fn socket(machine: &str) -> PathBuf {
-    Path::new(DIRECTORY).join(machine).join("agent.sock")
+    directory(machine).join("agent.sock")
 }
 
 /// Where an agent of the lab keeps its state.
 #[must_use]
 pub fn state(machine: &str) -> PathBuf {
-    Path::new(DIRECTORY).join(machine).join("state")
+    directory(machine).join("state")
 }
 
-fn said(what: &str) -> impl Fn(io::Error) -> Error + '_ {
+pub(crate) fn said(what: &str) -> impl Fn(io::Error) -> Error + '_ {
     move |error| match error.kind() {
         io::ErrorKind::PermissionDenied => format!("{what}: not permitted; the lab needs root (sudo keepwall lab)"),
         _ => format!("{what}: {error}"),
@@ -138,13 +161,15 @@ pub fn clear_all() -> Result<(), Error> {
 ///
 /// # Errors
 /// Not root, or the kernel lacks something.
-pub fn make() -> Result<(), Error> {
+pub fn make(machines: &[Machine]) -> Result<(), Error> {
     clear()?;
     let made = (|| {
         fs::create_dir_all(NAMES).map_err(said("making the directory of namespaces"))?;
         fs::create_dir_all(DIRECTORY).map_err(said("making the lab's directory"))?;
+        // Servers and uplinks run as nobody in particular, and go through here to what is theirs.
+        fs::set_permissions(DIRECTORY, fs::Permissions::from_mode(0o755)).map_err(said("the lab's directory"))?;
         new_namespace(ROUTER)?;
-        for machine in &MACHINES {
+        for machine in machines {
             new_namespace(machine.name)?;
             connect(machine)?;
         }
@@ -230,15 +255,18 @@ fn parse(text: &str) -> IpAddr {
 /// # Errors
 /// Not root.
 pub fn clear() -> Result<(), Error> {
-    for directory in fs::read_dir(DIRECTORY).into_iter().flatten().flatten() {
-        for file in ["pid", "state/lock"] {
-            let text = fs::read_to_string(directory.path().join(file)).unwrap_or_default();
-            if let Ok(pid) = text.trim().parse() {
-                end(pid);
-            }
+    let listeners = fs::read_to_string(directory("serve").join("pid")).unwrap_or_default();
+    if let Ok(pid) = listeners.trim().parse() {
+        end(pid);
+    }
+    let present = || present().map(|machine| machine.name);
+    // One that is just being started is found by the next look.
+    for _ in 0..LOOKS_MAX {
+        if !end_inside(present()) {
+            break;
         }
     }
-    for name in MACHINES.iter().map(|m| m.name).chain([ROUTER, crate::coexist::CONTAINER]) {
+    for name in present().chain([ROUTER, crate::coexist::CONTAINER]) {
         let path = ns_path(name);
         if path.exists() && namespace::unpin(&path).is_err() {
             // Never mounted: a lab that was killed between making the file and naming the namespace.
@@ -251,15 +279,40 @@ pub fn clear() -> Result<(), Error> {
     }
 }
 
+/// Ends our programs in these machines, whoever started them. False if there was none.
+fn end_inside<'a>(machines: impl Iterator<Item = &'a str>) -> bool {
+    let number = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
+    let inside: Vec<_> = machines.filter_map(|name| fs::metadata(ns_path(name)).map(number).ok()).collect();
+    let mut some = false;
+    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        if fs::metadata(entry.path().join("ns/net")).is_ok_and(|own| inside.contains(&number(own))) {
+            some |= end(pid);
+        }
+    }
+    some
+}
+
 /// Ends a process if it is one of ours; process ids are used again, so its command line has to say so.
-fn end(pid: u32) {
-    let Ok(process) = Process::open(pid) else { return };
+fn end(pid: u32) -> bool {
+    let Ok(process) = Process::open(pid) else { return false };
     let arguments = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
     let text = String::from_utf8_lossy(&arguments).into_owned();
-    if text.contains("keepwall") && (text.contains(DIRECTORY) || text.contains("serve")) {
+    let ours = text.contains("keepwall") && (text.contains(DIRECTORY) || text.contains("serve"));
+    if ours {
         let _ = process.signal(Signal::Kill);
         let _ = process.wait(Some(Duration::from_secs(2)));
     }
+    ours
+}
+
+/// Cuts or mends a machine's cable, at the router's end.
+///
+/// # Errors
+/// The lab is not up.
+pub(crate) fn cable(name: &str, whole: bool) -> Result<(), Error> {
+    let turn = if whole { link::set_up } else { link::set_down };
+    inside(ROUTER, || turn(name).map_err(said("a cable")))
 }
 
 /// Starts an agent in a machine.
@@ -267,7 +320,7 @@ fn end(pid: u32) {
 /// # Errors
 /// It does not come up; its last words are in the message.
 pub fn start_agent(programs: &Programs, name: &str) -> Result<(), Error> {
-    let directory = Path::new(DIRECTORY).join(name);
+    let directory = directory(name);
     fs::create_dir_all(&directory).map_err(said("making a directory"))?;
     let log = fs::File::create(directory.join("agent.log")).map_err(said("making a log"))?;
     let mut command = Command::new(&programs.agent);

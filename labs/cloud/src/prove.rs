@@ -13,7 +13,7 @@ use keepwall_secgroup::reach::describe;
 use keepwall_secgroup::spec::{Endpoint, PolicyTest};
 use keepwall_sys::process;
 
-use crate::machine::{DIRECTORY, MACHINES, inside, keepwall, make, start_agent};
+use crate::machine::{MACHINES, directory, inside, keepwall, make, start_agent};
 use crate::probe::{Probe, arrives};
 use crate::serve::{TCP_PORTS, UDP_PORTS};
 use crate::{Error, Programs};
@@ -48,8 +48,8 @@ impl Proof {
 pub fn up(programs: &Programs, posture: &Path, mut say: impl FnMut(&str)) -> Result<Checked, Error> {
     let checked = read(posture)?;
     say("making four machines and a router …");
-    make()?;
-    start_servers(programs)?;
+    make(&MACHINES)?;
+    start_listeners(programs)?;
     for machine in protected(&checked) {
         say(&format!("starting the agent of {machine} …"));
         start_agent(programs, machine)?;
@@ -68,12 +68,13 @@ pub fn read(posture: &Path) -> Result<Checked, Error> {
     check(spec).map_err(|problems| problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))
 }
 
-fn start_servers(programs: &Programs) -> Result<(), Error> {
+/// Starts what answers in every machine that is there.
+pub(crate) fn start_listeners(programs: &Programs) -> Result<(), Error> {
     let mut command = Command::new(&programs.keepwall);
     command.args(["lab", "serve"]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     process::spawn_detached(&mut command).map_err(|e| format!("cannot start the lab's listeners: {e}"))?;
     let started = Instant::now();
-    let ready = Path::new(DIRECTORY).join("serve/pid");
+    let ready = directory("serve").join("pid");
     while !ready.exists() {
         if started.elapsed() > Duration::from_secs(10) {
             return Err("the lab's listeners do not start".into());

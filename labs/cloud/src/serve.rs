@@ -2,14 +2,13 @@
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream, UdpSocket};
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
 use crate::Error;
-use crate::machine::{DIRECTORY, MACHINES, inside};
+use crate::machine::{directory, inside, present};
 
 /// TCP ports with a listener on every machine.
 pub const TCP_PORTS: [u16; 5] = [22, 80, 443, 3306, 8080];
@@ -28,7 +27,7 @@ pub const GREETING: &[u8] = b"keepwall lab\n";
 /// A port cannot be listened on.
 pub fn run() -> Result<(), Error> {
     let connections = Arc::new(AtomicUsize::new(0));
-    for machine in &MACHINES {
+    for machine in present() {
         let (tcp, udp) = inside(machine.name, || {
             let tcp: Result<Vec<TcpListener>, Error> = (TCP_PORTS.iter())
                 .map(|port| TcpListener::bind(("::", *port)).map_err(|e| format!("{} tcp {port}: {e}", machine.name)))
@@ -47,7 +46,7 @@ pub fn run() -> Result<(), Error> {
             thread::spawn(move || echo(&socket));
         }
     }
-    let directory = Path::new(DIRECTORY).join("serve");
+    let directory = directory("serve");
     std::fs::create_dir_all(&directory).map_err(|e| e.to_string())?;
     std::fs::write(directory.join("pid"), std::process::id().to_string()).map_err(|e| e.to_string())?;
     loop {

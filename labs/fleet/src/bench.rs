@@ -47,6 +47,8 @@ enum Order {
     Prove(bool),
     /// Forget what was seen.
     Clear,
+    /// How many offers were confirmed since: asked often, so the answer is short.
+    Confirmed,
     /// When offers were begun since.
     Seen,
     /// End all uplinks.
@@ -59,7 +61,8 @@ enum Order {
 enum Word {
     Enrolled { seconds: f64 },
     Done,
-    Seen { begun_us: Vec<u64>, confirmed: u64, wrong: Vec<String> },
+    Confirmed(u64),
+    Seen { begun_us: Vec<u64>, wrong: Vec<String> },
     Failed(String),
 }
 
@@ -105,9 +108,9 @@ pub fn swarm() -> Result<(), String> {
                 log.clear();
                 Word::Done
             }
+            Order::Confirmed => Word::Confirmed(log.confirmed.load(Ordering::SeqCst)),
             Order::Seen => Word::Seen {
                 begun_us: log.begun.lock().unwrap_or_else(PoisonError::into_inner).iter().map(|(_, t)| *t).collect(),
-                confirmed: log.confirmed.load(Ordering::SeqCst),
                 wrong: log.wrong.lock().unwrap_or_else(PoisonError::into_inner).clone(),
             },
             Order::Stop => {
@@ -295,20 +298,28 @@ fn tokens(server: &Server, count: usize, role: &str, machines: usize) -> Result<
     (0..count).map(|_| Ok(server.client.create_token(&spec).map_err(|error| error.to_string())?.token)).collect()
 }
 
-/// Offers begun at all machines, relative to `start`, sorted, milliseconds times a thousand.
-fn seen(hands: &mut [Hand]) -> Result<(Vec<u64>, u64), String> {
-    let (mut begun, mut confirmed) = (Vec::new(), 0);
+/// Waits until so many offers are confirmed at all machines.
+fn until_confirmed(hands: &mut [Hand], count: usize) -> Result<(), String> {
+    until(&format!("{count} machines have confirmed"), || {
+        let words = all(hands, |_, _| Order::Confirmed).unwrap_or_default();
+        words.iter().map(|word| if let Word::Confirmed(n) = word { *n as usize } else { 0 }).sum::<usize>() == count
+    })?;
+    Ok(())
+}
+
+/// When offers were begun at all machines, sorted, microseconds since 1970.
+fn seen(hands: &mut [Hand]) -> Result<Vec<u64>, String> {
+    let mut begun = Vec::new();
     for word in all(hands, |_, _| Order::Seen)? {
-        if let Word::Seen { begun_us, confirmed: c, wrong } = word {
+        if let Word::Seen { begun_us, wrong } = word {
             if let Some(wrong) = wrong.first() {
                 return Err(format!("a rule was broken: {wrong}"));
             }
             begun.extend(begun_us);
-            confirmed += c;
         }
     }
     begun.sort_unstable();
-    Ok((begun, confirmed))
+    Ok(begun)
 }
 
 fn row(what: &str, value: String, goal: &str, holds: Option<bool>) {
@@ -399,9 +410,9 @@ pub fn run(args: &[&str]) -> Result<(), String> {
         all(&mut hands, |_, _| Order::Clear)?;
         let before = loopback_bytes();
         let declared = declare(&server, posture(round))?;
-        until("all have applied", || seen(&mut hands).is_ok_and(|(_, confirmed)| confirmed as usize == agents))?;
+        until_confirmed(&mut hands, agents)?;
         bytes = loopback_bytes() - before;
-        let (begun, _) = seen(&mut hands)?;
+        let begun = seen(&mut hands)?;
         // From the first that had it: before, the server decides what to send; that is in the next line.
         let first = begun.first().copied().unwrap_or(0);
         let spread: Vec<u64> = begun.iter().map(|t| t - first).collect();
@@ -434,7 +445,7 @@ pub fn run(args: &[&str]) -> Result<(), String> {
         let runtime = tokio::runtime::Runtime::new().map_err(|error| error.to_string())?;
         let address = 200_000 + u32::from(prove);
         runtime.block_on(enrol(&[token], &name, address, 1, 1, None, &log))?;
-        until("all members know it", || seen(&mut hands).is_ok_and(|(_, c)| c as usize == members))?;
+        until_confirmed(&mut hands, members)?;
         let took = begun.elapsed();
         let bytes = loopback_bytes() - before;
         let how = if prove { "each proves a new connection" } else { "acknowledged at once" };

@@ -8,11 +8,12 @@
 //!        └──▶ swarm 2
 //! ```
 //!
-//! The service is one call, streams both ways: a client says hello and then receives what the server pushes to all. It
-//! is written by hand over tonic, so that no compiler of protocol files is needed. One line of JSON comes out.
+//! The service is one call, streams both ways: a client says hello, receives what the server pushes to all, and
+//! acknowledges each push, as an instance must. It is written by hand over tonic, so that no compiler of protocol files
+//! is needed. One line of JSON comes out.
 //!
-//! It is a stand-in: nothing is enrolled, kept or checked here. So it is measured at less work than the fleet's own
-//! server does.
+//! It is a stand-in: nothing is enrolled, kept, compared or digested here. So it is measured at less work than the
+//! fleet's own server and instances do.
 
 use std::convert::Infallible;
 use std::io::{BufRead as _, BufReader, Write as _};
@@ -232,6 +233,7 @@ async fn client(
             return Err(format!("{} bytes came", message.body.len()));
         }
         seen.lock().unwrap_or_else(PoisonError::into_inner).push(now_us());
+        say.send(Message::default()).await.map_err(text)?;
     }
     drop(say);
     Err("the server ended a stream".into())

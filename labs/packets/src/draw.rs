@@ -313,7 +313,7 @@ fn instances(dice: &mut Dice, spec: &mut Spec, groups: &[String]) {
         spec.instances.push(Instance {
             name: name.into(),
             place: place(0),
-            labels,
+            labels: labels.into(),
             interfaces: vec![Interface {
                 name: "eth0".into(),
                 place: place(0),
@@ -335,7 +335,7 @@ fn instances(dice: &mut Dice, spec: &mut Spec, groups: &[String]) {
         spec.instances.push(Instance {
             name: format!("member{n}"),
             place: place(0),
-            labels,
+            labels: labels.into(),
             interfaces: vec![Interface {
                 name: "eth0".into(),
                 place: place(0),

@@ -7,12 +7,12 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use keepwall_core::{Place, Prefix};
+use keepwall_core::Place;
 use keepwall_secgroup::check::{Checked, Problem, check};
 use keepwall_secgroup::intent::{Intent, Resolver, set_members};
 use keepwall_secgroup::spec::{Instance, Interface, Spec};
 
-use crate::bundle::{self, Bundle, Change, Digest};
+use crate::bundle::{self, Bundle, Change, Digest, Set};
 
 /// A machine that came by a token.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,7 +20,7 @@ pub struct Enrolled {
     /// Its name.
     pub name: String,
     /// What groups select it by.
-    pub labels: BTreeMap<String, String>,
+    pub labels: Arc<BTreeMap<String, String>>,
     /// Interface, device, private addresses.
     pub interfaces: Vec<(String, String, Vec<IpAddr>)>,
 }
@@ -39,7 +39,7 @@ pub struct World {
 #[derive(Debug, Default)]
 pub struct Print {
     instances: HashMap<String, Entry>,
-    sets: HashMap<Arc<str>, (Arc<[Prefix]>, Digest)>,
+    sets: HashMap<Arc<str>, Set>,
 }
 
 #[derive(Debug)]
@@ -123,7 +123,7 @@ impl World {
     pub fn bundle(&self, instance: &str) -> Option<Bundle> {
         let rules = told(&self.resolver, &self.checked, instance)?;
         let sets = self.print.instances.get(instance)?.sets.iter();
-        let sets = sets.map(|name| (name.to_string(), self.print.sets[name].0.to_vec())).collect();
+        let sets = sets.map(|name| (Arc::clone(name), self.print.sets[name].clone())).collect();
         Bundle::from_parts(json(&rules), sets).ok()
     }
 
@@ -142,8 +142,7 @@ impl World {
             return None;
         }
         let differs = |name: &&Arc<str>| {
-            before.sets.get(*name).map(|(_, digest)| digest) != Some(&self.print.sets[*name].1)
-                || !old.sets.contains(name)
+            before.sets.get(*name).map(Set::digest) != Some(self.print.sets[*name].digest()) || !old.sets.contains(name)
         };
         Some(Difference {
             rules: new.rules != old.rules,
@@ -160,10 +159,10 @@ impl World {
             true => Some(json(&told(&self.resolver, &self.checked, instance)?)),
             false => None,
         };
-        let none: Arc<[Prefix]> = Arc::new([]);
+        let none = Set::default();
         let set = |(name, had): &(&Arc<str>, bool)| {
-            let had = if *had { before.sets.get(*name).map_or(&none, |(members, _)| members) } else { &none };
-            bundle::between(name, had, &self.print.sets[*name].0)
+            let had = if *had { before.sets.get(*name).unwrap_or(&none) } else { &none };
+            bundle::between(name, had, &self.print.sets[*name])
         };
         Some(Change {
             rules,
@@ -214,10 +213,9 @@ impl Print {
                 let name = match out.sets.get_key_value(name.as_str()) {
                     Some((name, _)) => Arc::clone(name),
                     None => {
-                        let members: Arc<[Prefix]> = set_members(checked, &name).into();
-                        let digest = bundle::set_digest(&members);
+                        let set = Set::new(set_members(checked, &name));
                         let name: Arc<str> = name.into();
-                        out.sets.insert(Arc::clone(&name), (members, digest));
+                        out.sets.insert(Arc::clone(&name), set);
                         name
                     }
                 };
@@ -232,7 +230,7 @@ impl Print {
                 }
             };
             let rules = bundle::rules_digest(&json(&intent));
-            let digest = bundle::digest_of(&rules, names.iter().map(|name| (&**name, &out.sets[name].1)));
+            let digest = bundle::digest_of(&rules, names.iter().map(|name| (&**name, out.sets[name].digest())));
             out.instances.insert(instance.name.clone(), Entry { rules, digest, sets: names });
         }
         out
@@ -284,7 +282,7 @@ fn with(spec: &Spec, enrolled: &[&Enrolled]) -> Spec {
         let place = place(&e.name);
         Instance {
             name: e.name.clone(),
-            labels: e.labels.clone(),
+            labels: Arc::clone(&e.labels),
             interfaces: (e.interfaces.iter())
                 .map(|(name, device, addresses)| Interface {
                     name: name.clone(),

@@ -16,7 +16,7 @@
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
-use keepwall_fleet::bundle::{Bundle, Change, Digest};
+use keepwall_fleet::bundle::{Bundle, Change, Digest, Set};
 use keepwall_fleet::sync::{Applied, Decision, Hello, Holder, Next, Offer, Outcome, Refusal, Session, State};
 
 /// xorshift64*: the same on every machine.
@@ -135,7 +135,7 @@ impl Run {
             2 => next = self.truth[self.dice.below(n)].clone(),
             _ => {
                 // One member joins a set that all share.
-                let set = vec![format!("10.0.{}.{}", n / 250, n % 250).parse().unwrap()];
+                let set = Set::new(vec![format!("10.0.{}.{}", n / 250, n % 250).parse().unwrap()]);
                 for b in &mut next {
                     let mut sets = b.sets().clone();
                     sets.insert("group:all".into(), set.clone());
@@ -337,7 +337,7 @@ impl Run {
 
 fn bundle(instance: usize, commit: usize, members: usize) -> Bundle {
     let members = (0..members).map(|m| format!("10.1.{instance}.{m}").parse().unwrap()).collect();
-    let sets = [("group:own".to_owned(), members)].into();
+    let sets = [("group:own".into(), Set::new(members))].into();
     Bundle::from_parts(format!("{{\"instance\":\"i{instance}\",\"commit\":{commit}}}").into_bytes(), sets).unwrap()
 }
 

@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use keepwall_core::{Family, Place, PortRange, Prefix, Protocol};
 use serde::{Deserialize, Serialize};
@@ -44,7 +45,7 @@ pub struct Instance {
     /// Where it was declared.
     pub place: Place,
     /// Labels that a group's `members` selects by.
-    pub labels: BTreeMap<String, String>,
+    pub labels: Arc<BTreeMap<String, String>>,
     /// Network interfaces, at least one.
     pub interfaces: Vec<Interface>,
 }

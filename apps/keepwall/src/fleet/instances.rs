@@ -32,7 +32,11 @@ fn trouble(one: &InstanceView) -> Option<String> {
         return Some(ui::red(&clean(&format!("drift: {}", status.drift.join("; ")))));
     }
     if !one.enrolled {
-        return Some(ui::dim("declared, has not enrolled"));
+        // Of what is only declared nothing was ever seen.
+        return Some(match one.revision {
+            0 => ui::dim("declared, has not enrolled"),
+            _ => ui::yellow("its certificate was revoked, or has ended"),
+        });
     }
     if !status.connected {
         return Some(ui::yellow("no contact"));
@@ -111,7 +115,9 @@ pub fn status(context: &Context, server: &Server) -> Result<u8, Failure> {
             RolloutState::Running => ui::yellow("is on its way"),
             _ => ui::red("has stopped"),
         };
-        ui::out(format!("{} {} {how}: {} (keepwall rollout show)", ui::yellow("!"), one.id, clean(&one.detail)));
+        let detail = clean(&one.detail);
+        let detail = detail.strip_prefix("stopped: ").unwrap_or(&detail);
+        ui::out(format!("{} {} {how}: {} (keepwall rollout show)", ui::yellow("!"), one.id, detail));
     }
     ui::out("");
     if all.is_empty() {
@@ -174,7 +180,12 @@ pub fn run(context: &Context, server: &Server, command: &Instance) -> Result<u8,
             for change in changes {
                 match change.strip_suffix('-').filter(|key| !key.contains('=')) {
                     Some(key) => {
-                        wanted.remove(key);
+                        if wanted.remove(key).is_none() {
+                            return Err(Failure::new(
+                                format!("{name} has no label `{key}`"),
+                                format!("see its labels with `keepwall instance show {name}`"),
+                            ));
+                        }
                     }
                     None => {
                         let (key, value) = label(change).map_err(Failure::plain)?;
@@ -206,9 +217,13 @@ pub fn run(context: &Context, server: &Server, command: &Instance) -> Result<u8,
             if !agreed(&question, one.yes)? {
                 return Ok(1);
             }
+            let found = client.get_instance(&one.name)?;
             client.revoke_instance(&one.name)?;
             if !json {
-                ui::say(format!("To let it in again: keepwall token create --instance {}", one.name));
+                // A machine has the labels of the token that it came by last.
+                let with: String = found.labels.iter().map(|(key, value)| format!(" --label {key}={value}")).collect();
+                ui::say(format!("To let it in again: keepwall token create --instance {}{with}", one.name));
+                ui::say("and on the machine: keepwall leave, then what that prints.");
             }
             done(json, &format!("the certificate of {} is worth nothing any more; it keeps what it enforces", one.name))
         }

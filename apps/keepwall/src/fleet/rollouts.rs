@@ -253,7 +253,7 @@ fn draw(terminal: bool, before: usize, lines: &[String], view: &RolloutView) {
     } else {
         let open = view.waves.iter().filter(|wave| wave.open).count();
         ui::say(format!(
-            "wave {open} of {}: {}/{} machines {}",
+            "wave {open} of {}: {}/{} machines; {}",
             view.waves.len(),
             applied(view),
             total(view),

@@ -15,10 +15,9 @@ use keepwall_wire::{
     AGENT_FRAME_MAX, ENROLL_PATH, FromAgent, FromServer, Goodbye, HEARTBEAT_S, Kept, POLL_PATH, POLL_WAIT_S, Renewed,
     Welcome, from_agent, from_server, read_hello,
 };
-use tokio::net::TcpStream;
-use tokio_rustls::server::TlsStream;
 
 use super::Agents;
+use super::tls::Tls;
 use crate::fleet::{Admission, Enroll};
 
 /// The body of a poll.
@@ -47,9 +46,9 @@ fn refusal(status: StatusCode, code: &str, detail: &str) -> Answer {
 
 impl Agents {
     /// Serves one HTTP connection.
-    pub(super) async fn http(self: Arc<Self>, tls: TlsStream<TcpStream>, address: SocketAddr) {
+    pub(super) async fn http(self: Arc<Self>, tls: Tls, address: SocketAddr) {
         let Ok(_place) = self.connections.acquire().await else { return };
-        let certificate = tls.get_ref().1.peer_certificates().and_then(<[_]>::first).map(|c| c.to_vec());
+        let certificate = tls.state().peer_certificates().and_then(<[_]>::first).map(|c| c.to_vec());
         let agents = Arc::clone(&self);
         let service = hyper::service::service_fn(move |request| {
             let (agents, certificate) = (Arc::clone(&agents), certificate.clone());

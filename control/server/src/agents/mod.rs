@@ -13,6 +13,7 @@ mod http;
 mod limits;
 mod serve;
 mod stream;
+mod tls;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -25,11 +26,10 @@ use rustls::{RootCertStore, ServerConfig};
 use serde_json::{Value, json};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
-use tokio_rustls::TlsAcceptor;
-use tokio_rustls::server::TlsStream;
 
 use crate::fleet::{Act, Fleet};
 pub use limits::AgentLimits;
+use tls::Tls;
 
 /// How long a handshake may take.
 const HANDSHAKE: Duration = Duration::from_secs(20);
@@ -91,7 +91,6 @@ impl Agents {
             programs,
             stop: stop.clone(),
         });
-        let acceptor = TlsAcceptor::from(config);
         let mut stop = stop;
         loop {
             let accepted = tokio::select! {
@@ -101,7 +100,7 @@ impl Agents {
             match accepted {
                 Ok((tcp, address)) => {
                     // A task of its own for the handshake: its size is not that of the stream's.
-                    tokio::spawn(Arc::clone(&agents).welcome(acceptor.clone(), tcp, address));
+                    tokio::spawn(Arc::clone(&agents).welcome(Arc::clone(&config), tcp, address));
                 }
                 Err(error) => {
                     // Out of descriptors, mostly: what is open goes on.
@@ -112,14 +111,15 @@ impl Agents {
         }
     }
 
-    async fn welcome(self: Arc<Self>, acceptor: TlsAcceptor, tcp: TcpStream, address: SocketAddr) {
+    async fn welcome(self: Arc<Self>, config: Arc<ServerConfig>, tcp: TcpStream, address: SocketAddr) {
         if self.connections.available_permits() == 0 {
             return;
         }
         let _ = tcp.set_nodelay(true);
+        let _ = socket2::SockRef::from(&tcp).set_tcp_user_timeout(Some(keepwall_wire::UNACKNOWLEDGED));
         let greeted = async {
             let _turn = self.handshakes.acquire().await.ok()?;
-            match tokio::time::timeout(HANDSHAKE, acceptor.accept(tcp)).await {
+            match tokio::time::timeout(HANDSHAKE, Tls::accept(tcp, config)).await {
                 Ok(Ok(tls)) => Some(tls),
                 Ok(Err(error)) => {
                     self.refused_handshake(address, &error).await;
@@ -129,7 +129,7 @@ impl Agents {
             }
         };
         let Some(tls) = greeted.await else { return };
-        let protocol = tls.get_ref().1.alpn_protocol().map(<[u8]>::to_vec);
+        let protocol = tls.state().alpn_protocol().map(<[u8]>::to_vec);
         match protocol.as_deref() {
             Some(protocol) if protocol == ALPN => {
                 tokio::spawn(self.stream(Box::new(tls), address));
@@ -142,8 +142,8 @@ impl Agents {
     }
 
     /// Whose stream it is, by its certificate.
-    async fn owner(&self, tls: &TlsStream<TcpStream>, address: SocketAddr) -> Option<(Arc<str>, [u8; 32])> {
-        let certificate = tls.get_ref().1.peer_certificates().and_then(<[_]>::first).cloned();
+    async fn owner(&self, tls: &Tls, address: SocketAddr) -> Option<(Arc<str>, [u8; 32])> {
+        let certificate = tls.state().peer_certificates().and_then(<[_]>::first).cloned();
         let why = match &certificate {
             None => "no certificate",
             Some(certificate) => {
@@ -182,7 +182,7 @@ impl Agents {
     }
 
     /// Proves to an instance that a new connection gets through.
-    async fn probe(&self, mut tls: TlsStream<TcpStream>, address: SocketAddr) {
+    async fn probe(&self, mut tls: Tls, address: SocketAddr) {
         use tokio::io::AsyncWriteExt as _;
         if self.owner(&tls, address).await.is_some() {
             let _ = tokio::time::timeout(HANDSHAKE, async {

@@ -8,7 +8,7 @@ use keepwall_store::{Row, Stream};
 use keepwall_wire::{REPORT_ROWS_MAX, Report, Status, offer_frame};
 
 use super::Agents;
-use crate::fleet::{hex, now_ms};
+use crate::fleet::{Sha256, now_ms};
 
 /// Lines of drift or degradation that are kept of one machine, and characters of each.
 const LINES_MAX: usize = 32;
@@ -29,7 +29,9 @@ fn lines(all: &[String]) -> Vec<String> {
 impl Agents {
     pub(super) fn take_status(&self, instance: &Arc<str>, status: &Status) {
         self.fleet.heard(instance, |record| {
-            record.mode = short(&status.mode, 32);
+            if *record.mode != *status.mode {
+                record.mode = short(&status.mode, 32).into();
+            }
             record.drift = lines(&status.drift);
             record.degraded = lines(&status.degraded);
         });
@@ -37,11 +39,11 @@ impl Agents {
 
     /// What a session knows becomes known to people and to rollouts.
     pub(super) fn take_held(&self, instance: &Arc<str>, session: &Session, version: Option<&str>) {
-        let server = self.fleet.server_name().to_owned();
+        let server = Arc::clone(self.fleet.server_name());
         self.fleet.heard(instance, |record| {
             record.generation = session.held().generation;
-            record.digest = hex(&session.held().digest);
-            let failed = session.failed().map(|digest| hex(&digest));
+            record.digest = Sha256(session.held().digest);
+            let failed = session.failed().map(Sha256);
             if failed.is_none() {
                 record.failure.clear();
             } else if record.failure.is_empty() {
@@ -51,7 +53,7 @@ impl Agents {
             record.failed = failed;
             record.server = server;
             if let Some(version) = version {
-                record.version = short(version, 64);
+                record.version = short(version, 64).into();
             }
         });
     }

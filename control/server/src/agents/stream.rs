@@ -14,10 +14,9 @@ use keepwall_wire::{
     from_server, read_hello,
 };
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::TcpStream;
-use tokio_rustls::server::TlsStream;
 
 use super::Agents;
+use super::tls::Tls;
 use crate::fleet::Handle;
 
 /// How long the first frame may take.
@@ -35,8 +34,6 @@ enum Got {
     End(&'static str),
 }
 
-type Tls = Box<TlsStream<TcpStream>>;
-
 fn say(say: from_server::Say) -> Bytes {
     keepwall_wire::frame(&FromServer { say: Some(say) })
 }
@@ -46,7 +43,8 @@ async fn write(tls: &mut Tls, frame: &[u8]) -> bool {
         tls.write_all(frame).await?;
         tls.flush().await
     };
-    matches!(tokio::time::timeout(WRITE, sent).await, Ok(Ok(())))
+    // Boxed: it is seldom, and thousands of tasks that wait for something else would have its size.
+    matches!(Box::pin(tokio::time::timeout(WRITE, sent)).await, Ok(Ok(())))
 }
 
 /// A frame that arrives in pieces, between which other things happen.
@@ -92,7 +90,7 @@ impl Inbox {
 
 impl Agents {
     /// Serves one stream to its end.
-    pub(super) async fn stream(self: Arc<Self>, mut tls: Tls, address: SocketAddr) {
+    pub(super) async fn stream(self: Arc<Self>, mut tls: Box<Tls>, address: SocketAddr) {
         let Ok(_place) = self.connections.acquire().await else { return };
         // What is done once in the life of a stream is boxed: ten thousand tasks would have its size for days.
         let Some((instance, certificate)) = Box::pin(self.owner(&tls, address)).await else {
@@ -133,7 +131,7 @@ impl Agents {
             let _ = tokio::time::timeout(HELLO, write(&mut tls, &say(goodbye(reason, retry_after_ms)))).await;
         }
         if self.fleet.close_stream(&instance, &handle) {
-            self.fleet.heard(&instance, |record| record.server.clear());
+            self.fleet.heard(&instance, |record| record.server = Arc::default());
         }
         let _ = tokio::time::timeout(HELLO, tls.shutdown()).await;
     }

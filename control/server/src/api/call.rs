@@ -33,6 +33,7 @@ const PARAM_MAX: usize = 256;
 const LABELS_MAX: usize = 64;
 
 /// One request on its way to its handler.
+#[derive(Clone)]
 pub(super) struct Call {
     pub(super) app: Arc<App>,
     pub(super) op: Operation,

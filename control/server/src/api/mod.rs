@@ -434,13 +434,22 @@ async fn answer(
             return call.again(&answer).await;
         }
     }
-    match run(call).await {
-        Err(problem) if problem.code == problem::FORBIDDEN.code || problem.code == problem::LOGIN_FAILED.code => {
-            app.denied(&attempt, op.id, &what, &problem).await;
-            Err(problem)
-        }
-        other => other,
+    let again = call.act.remember.clone().map(|remember| (remember, call.clone()));
+    let problem = match run(call).await {
+        Ok(answer) => return Ok(answer),
+        Err(problem) => problem,
+    };
+    if let Some((remember, call)) = again
+        && let Ok(Some(answer)) = app.store.remembered(&remember.scope, &remember.key, &remember.digest).await
+    {
+        // The first of two equal requests went through after we looked, at a server that was killed or at another one:
+        // what this one ran into is its own change.
+        return call.again(&answer).await;
     }
+    if problem.code == problem::FORBIDDEN.code || problem.code == problem::LOGIN_FAILED.code {
+        app.denied(&attempt, op.id, &what, &problem).await;
+    }
+    Err(problem)
 }
 
 /// Who asks. A token counts before the socket's word, so that root can act as somebody else.

@@ -293,7 +293,7 @@ pub(super) fn instance(one: &Instance) -> Declared<InstanceSpec> {
         mac: own.mac.map(|mac| mac.map(|byte| format!("{byte:02x}")).join(":")),
         groups: own.groups.iter().map(|group| group.name.clone()).collect(),
     };
-    let labels: Labels = one.labels.clone();
+    let labels: Labels = (*one.labels).clone();
     let interfaces = one.interfaces.iter().map(|own| (own.name.clone(), interface(own))).collect();
     declared(Section::Instances, &one.name, &one.place, InstanceSpec { labels, interfaces })
 }

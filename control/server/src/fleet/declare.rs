@@ -1,15 +1,16 @@
 //! The posture: what it would mean, declaring it, its history.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use keepwall_api::fleet::{
     Accepted, OnFailure, PostureChange, PostureFile, PostureFinding, PostureProblem, PostureVersion, ReachChange,
     Report, RolloutPolicy, TestOutcome, WaveSpec,
 };
-use keepwall_fleet::rollout::{Candidate, Pace, Rollout, Take, waves};
+use keepwall_fleet::rollout::{Candidate, Pace, Phase, Rollout, Take, waves};
 use keepwall_fleet::world::{World, representatives};
 use keepwall_secgroup::check::Checked;
+use keepwall_secgroup::spec::Instance;
 use keepwall_secgroup::{health, reach};
 use keepwall_store::{Commit, Expect, Op, Resource, StoreError};
 use serde_json::{Value, json};
@@ -141,19 +142,21 @@ impl Fleet {
             // The view follows the store by some milliseconds: it may be over by now.
             let (_, _, record) = self.rollout_record(&active.id).await?;
             if !record.rollout.phase.is_over() {
-                return Err(FleetError::Wrong(format!(
-                    "{} is on its way; wait until it is done, or stop it and return",
-                    active.id
-                )));
+                let id = &active.id;
+                return Err(FleetError::Wrong(match record.rollout.phase {
+                    Phase::Stopped => format!("{id} has stopped half-way; resume it or return from it first"),
+                    _ => format!("{id} is on its way; wait until it is done, or stop it and return from it"),
+                }));
             }
         }
         let spec = world.checked().spec();
         let empty = super::Labels::new();
+        let instances: HashMap<&str, &Instance> = spec.instances.iter().map(|i| (i.name.as_str(), i)).collect();
+        let labels_of = |name: &String| instances.get(name.as_str()).map_or(&empty, |i| &i.labels);
         // Whoever may not change everything may change what touches only machines of theirs, and touches some.
         if !permit(&empty) {
             for name in &looked.changed {
-                let labels = spec.instances.iter().find(|i| &i.name == name).map_or(&empty, |i| &i.labels);
-                if !permit(labels) {
+                if !permit(labels_of(name)) {
                     return Err(FleetError::NotPermitted(name.clone()));
                 }
             }
@@ -169,9 +172,7 @@ impl Fleet {
                 .filter(|name| registry.instances.contains_key(name.as_str()))
                 .map(|name| Candidate {
                     connected: self.fact(&registry, &view, name, now).connected,
-                    labels: (spec.instances.iter().find(|i| &i.name == name))
-                        .map(|i| i.labels.clone())
-                        .unwrap_or_default(),
+                    labels: labels_of(name).clone(),
                     name: name.clone(),
                 })
                 .collect()

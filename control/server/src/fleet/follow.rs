@@ -8,11 +8,12 @@ use keepwall_store::{Change, Commit, Generation, Op, PAGE_MAX, Resource, StoreEr
 use tokio::sync::watch;
 
 use super::records::{
-    ASKED, CURRENT, INSTANCE, POSTURE, PostureRecord, ROLLOUT, RolloutRecord, SERVER, STATUS, ServerRecord,
+    ASKED, CURRENT, INSTANCE, InstanceRecord, POSTURE, PostureRecord, ROLLOUT, RolloutRecord, SERVER, STATUS,
+    ServerRecord, StatusRecord,
 };
+use super::tokens::TOKEN_USE;
 use super::view::{Active, Declared, Source, View, enrolled, parse};
-use super::{Fleet, Known, hold, now_ms};
-use crate::fleet::records::StatusRecord;
+use super::{Fleet, hold, now_ms};
 
 /// After a machine joined or left, wait so long for others before everything is resolved again; and three times as
 /// long as that took the last time, so that a storm of enrolments leaves room for itself.
@@ -100,12 +101,12 @@ impl Follower {
         let mut touched = Touched::default();
         match kind {
             INSTANCE => {
-                let known = match &resource {
-                    Some(r) => Some(Known { revision: r.revision, record: Arc::new(r.read()?) }),
+                let known: Option<(Generation, InstanceRecord)> = match &resource {
+                    Some(r) => Some((r.revision, r.read()?)),
                     None => None,
                 };
                 let gone = known.is_none();
-                let revoked = known.as_ref().is_some_and(|k| k.record.certificates.is_empty());
+                let revoked = known.as_ref().is_some_and(|(_, record)| record.certificates.is_empty());
                 let mut registry = self.fleet.registry();
                 registry.set_instance(name, known);
                 // Perhaps this server did it itself and knows already; then it is to be resolved all the same.
@@ -129,8 +130,13 @@ impl Follower {
                             registry.dirty.insert(name);
                         }
                     }
-                    Some(status) => {
-                        registry.statuses.insert(name.into(), status);
+                    Some(mut status) => {
+                        registry.shared.status(&mut status);
+                        let name = match registry.instances.get_key_value(name) {
+                            Some((name, _)) => Arc::clone(name),
+                            None => name.into(),
+                        };
+                        registry.statuses.insert(name, status);
                     }
                     None => {
                         registry.statuses.remove(name);
@@ -328,6 +334,9 @@ impl Follower {
     }
 
     async fn follow(&mut self, change: &Change) -> Result<Touched, StoreError> {
+        if change.kind == TOKEN_USE && !change.deleted {
+            self.fleet.slot_taken(&change.name);
+        }
         if ![SERVER, INSTANCE, STATUS, ROLLOUT, ASKED, POSTURE].contains(&change.kind.as_str()) {
             return Ok(Touched::default());
         }
@@ -366,7 +375,7 @@ impl Fleet {
             if beaten.is_none_or(|at| at.elapsed() >= BEAT) {
                 let record = ServerRecord { beat_ms: now_ms() };
                 ops.push(Op::put(SERVER, &self.server, keepwall_store::Expect::Any, &record));
-                self.registry().servers.insert(self.server.clone(), record);
+                self.registry().servers.insert(self.server.to_string(), record);
                 beaten = Some(tokio::time::Instant::now());
                 self.bury_servers(&mut ops);
             }
@@ -391,6 +400,16 @@ impl Fleet {
                 tokio::time::sleep(RETRY).await;
             }
         }
+    }
+
+    /// Where one server has the store to itself, those before it are gone: nobody's stream is open at them.
+    pub(super) async fn bury_predecessors(&self) -> Result<(), StoreError> {
+        let before = self.store.list(SERVER, None, PAGE_MAX).await?;
+        let ops: Vec<Op> = before.iter().map(|r| Op::delete(SERVER, &r.name, keepwall_store::Expect::Any)).collect();
+        if !ops.is_empty() {
+            self.store.commit(Commit { ops, ..Commit::default() }).await?;
+        }
+        Ok(())
     }
 
     /// Servers that have been silent for a day are forgotten.

@@ -13,9 +13,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use subtle::ConstantTimeEq as _;
 
-use super::records::{CertificateRecord, INSTANCE, InstanceRecord, InterfaceRecord, STATUS};
-use super::tokens::{TOKEN_USE, TokenUse, parse_secret};
-use super::{Act, Fleet, FleetError, Known, hex, invalid, now_ms, rfc3339};
+use super::records::{CertificateRecord, INSTANCE, InstanceRecord, InterfaceRecord, STATUS, Sha256};
+use super::tokens::{TOKEN_USE, TokenUse, parse_secret, slot_name};
+use super::{Act, Fleet, FleetError, hex, invalid, now_ms, rfc3339};
 
 /// Interfaces of one machine.
 const INTERFACES_MAX: usize = 64;
@@ -135,7 +135,7 @@ fn interfaces_of(change: &[InstanceInterface]) -> Result<Vec<InterfaceRecord>, F
         if addresses.len() > ADDRESSES_MAX {
             return Err(invalid(&at("addresses"), format!("at most {ADDRESSES_MAX} addresses")));
         }
-        out.push(InterfaceRecord { name: interface.name.clone(), device: interface.device.clone(), addresses });
+        out.push(InterfaceRecord { name: (*interface.name).into(), device: (*interface.device).into(), addresses });
     }
     Ok(out)
 }
@@ -198,16 +198,15 @@ impl Fleet {
             None => name_from(&enroll.hostname).map_err(refused)?,
         };
         let issued = self.authority.issue(&name, &request).map_err(refused)?;
-        let key = hex(&crate::ca::digest(&public_key(&issued.certificate).map_err(refused)?));
-
-        let uses = self.token_uses(&id).await.map_err(later)?;
-        let again = uses.iter().find(|u| u.1.key == key && u.1.instance == name);
-        if again.is_none() && uses.len() >= token.spec.uses as usize {
-            return Err(bad("used up"));
-        }
+        let key = Sha256(crate::ca::digest(&public_key(&issued.certificate).map_err(refused)?));
         let before = self.store.get(INSTANCE, &name).await.map_err(later)?;
         let old: Option<InstanceRecord> = before.as_ref().map(|r| r.read()).transpose().map_err(later)?;
-        if token.spec.instance.is_none() && again.is_none() {
+        // The answer was lost, and the machine asks again.
+        let again = old.as_ref().is_some_and(|old| *old.token == *id && old.key == key);
+        if !again && !self.slot_left(&id, token.spec.uses).await.map_err(later)? {
+            return Err(bad("used up"));
+        }
+        if token.spec.instance.is_none() && !again {
             // A general token makes new machines; a machine that is known, or declared, is somebody.
             let holds = old.as_ref().is_some_and(|old| old.certificates.iter().any(|c| c.until_ms > now));
             if holds {
@@ -223,13 +222,19 @@ impl Fleet {
         let allowed = within(&token.spec.addresses_within).map_err(refused)?;
         let (interfaces, left_out) = self.admitted(&name, &enroll.interfaces, &allowed).map_err(refused)?;
         let certificate =
-            CertificateRecord { sha256: hex(&crate::ca::digest(&issued.certificate)), until_ms: issued.until_ms };
+            CertificateRecord { sha256: Sha256(crate::ca::digest(&issued.certificate)), until_ms: issued.until_ms };
         // What was there before no longer opens anything: this is the machine of that name now.
         let record = InstanceRecord {
-            labels: token.spec.labels.clone(),
+            // A machine that comes back by a token for its name keeps its labels, and so its groups, unless the token
+            // says otherwise: without any it would be in no group, and wide open.
+            labels: match &old {
+                Some(old) if token.spec.labels.is_empty() => Arc::clone(&old.labels),
+                _ => Arc::new(token.spec.labels.clone()),
+            },
             interfaces,
             certificates: vec![certificate.clone()],
-            token: id.clone(),
+            token: id.as_str().into(),
+            key,
             enrolled_ms: old.as_ref().map_or(now, |old| old.enrolled_ms),
         };
         let mut ops = vec![Op::put(
@@ -238,14 +243,14 @@ impl Fleet {
             before.as_ref().map_or(Expect::Absent, |r| Expect::Revision(r.revision)),
             &record,
         )];
-        if again.is_none() {
+        if !again {
             // A slot is taken once, whichever server is asked.
-            let slot = self.next_slot(&id, uses.len() as u32);
+            let slot = self.next_slot(&id);
             if slot >= token.spec.uses {
                 return Err(bad("used up"));
             }
-            let used = TokenUse { instance: name.clone(), key, time_ms: now };
-            ops.push(Op::put(TOKEN_USE, &format!("{id}/{slot:04}"), Expect::Absent, &used));
+            let used = TokenUse { instance: name.clone(), time_ms: now };
+            ops.push(Op::put(TOKEN_USE, &slot_name(&id, slot), Expect::Absent, &used));
         }
         let act = Act { actor: format!("instance:{name}"), address: address.to_owned(), ..Act::default() };
         let audit = vec![act.line(
@@ -257,13 +262,15 @@ impl Fleet {
         let revision = match self.commit(Commit { ops, audit, remember: None }).await {
             Ok(revision) => revision,
             Err(FleetError::Store(StoreError::Conflict { .. })) => {
+                // Another server may have taken slots; they are counted again.
+                self.forget_slots(&id);
                 return Err((Admission::Later("somebody else enrolled at the same moment".into()), "conflict".into()));
             }
             Err(FleetError::Store(error)) => return Err(later(error)),
             Err(error) => return Err(refused(format!("{error:?}"))),
         };
         // Known here at once: the machine dials within milliseconds, before the store tells us of ourselves.
-        self.registry().set_instance(&name, Some(Known { revision, record: Arc::new(record) }));
+        self.registry().set_instance(&name, Some((revision, record)));
         if old.is_some() {
             self.end_stream(&name, "replaced");
         }
@@ -292,7 +299,7 @@ impl Fleet {
         let mut out: Vec<InterfaceRecord> = Vec::new();
         for interface in asked {
             check_device(&interface.device)?;
-            if out.iter().any(|i| i.device == interface.device) {
+            if out.iter().any(|i| *i.device == *interface.device) {
                 return Err(format!("device `{}` comes twice", interface.device));
             }
             let (mut addresses, others): (Vec<IpAddr>, Vec<IpAddr>) =
@@ -300,7 +307,8 @@ impl Fleet {
             addresses.sort();
             addresses.dedup();
             left_out.extend(others.iter().map(ToString::to_string));
-            out.push(InterfaceRecord { name: interface.device.clone(), device: interface.device.clone(), addresses });
+            let device: Arc<str> = interface.device.as_str().into();
+            out.push(InterfaceRecord { name: Arc::clone(&device), device, addresses });
         }
         let registry = self.registry();
         for address in out.iter().flat_map(|i| &i.addresses) {
@@ -331,12 +339,13 @@ impl Fleet {
         let found = self.store.get(INSTANCE, instance).await.map_err(|error| error.to_string())?;
         let found = found.ok_or("this instance was removed")?;
         let mut record: InstanceRecord = found.read().map_err(|error| error.to_string())?;
-        let shown = hex(shown);
+        let shown = Sha256(*shown);
         if !record.certificates.iter().any(|c| c.sha256 == shown) {
             return Err("this certificate was revoked".into());
         }
         let issued = self.authority.issue(instance, request)?;
-        let new = CertificateRecord { sha256: hex(&crate::ca::digest(&issued.certificate)), until_ms: issued.until_ms };
+        let new =
+            CertificateRecord { sha256: Sha256(crate::ca::digest(&issued.certificate)), until_ms: issued.until_ms };
         record.certificates.retain(|c| c.sha256 == shown);
         record.certificates.push(new.clone());
         record.certificates.truncate(CERTIFICATES_MAX);
@@ -345,7 +354,7 @@ impl Fleet {
         let ops = vec![Op::put(INSTANCE, instance, Expect::Revision(found.revision), &record)];
         let revision =
             self.commit(Commit { ops, audit, remember: None }).await.map_err(|error| format!("not now: {error:?}"))?;
-        self.registry().set_instance(instance, Some(Known { revision, record: Arc::new(record) }));
+        self.registry().set_instance(instance, Some((revision, record)));
         Ok(vec![issued.certificate.to_vec(), self.authority.certificate().to_vec()])
     }
 
@@ -366,7 +375,7 @@ impl Fleet {
         let found = self.store.get(INSTANCE, name).await.map_err(|_| "the store does not answer")?;
         let found = found.ok_or("no such instance")?;
         let record: InstanceRecord = found.read().map_err(|_| "the record is damaged")?;
-        self.registry().set_instance(name, Some(Known { revision: found.revision, record: Arc::new(record) }));
+        self.registry().set_instance(name, Some((found.revision, record)));
         self.known_owner(certificate).unwrap_or(Err("revoked certificate"))
     }
 
@@ -436,10 +445,10 @@ impl Fleet {
         let until_ms = known.and_then(|k| k.record.certificates.iter().map(|c| c.until_ms).max());
         let status = registry.statuses.get(name).cloned().unwrap_or_default();
         let connected = registry.connected(&self.server, &status, now);
-        let desired = view.desired(name).map(|state| hex(&state.digest));
+        let in_sync = view.desired(name).is_some_and(|state| state.digest == status.digest.0);
         let (labels, interfaces) = match (declared, known) {
             (Some(declared), _) => (
-                declared.labels.clone(),
+                &declared.labels,
                 (declared.interfaces.iter())
                     .map(|i| InstanceInterface {
                         name: i.name.clone(),
@@ -449,11 +458,11 @@ impl Fleet {
                     .collect(),
             ),
             (None, Some(known)) => (
-                known.record.labels.clone(),
+                &known.record.labels,
                 (known.record.interfaces.iter())
                     .map(|i| InstanceInterface {
-                        name: i.name.clone(),
-                        device: i.device.clone(),
+                        name: i.name.to_string(),
+                        device: i.device.to_string(),
                         addresses: i.addresses.iter().map(ToString::to_string).collect(),
                     })
                     .collect(),
@@ -465,7 +474,7 @@ impl Fleet {
             revision: known.map_or(0, |k| k.revision),
             declared: declared.is_some(),
             enrolled: until_ms.is_some_and(|until| until > now),
-            labels,
+            labels: (**labels).clone(),
             interfaces,
             status: InstanceStatus {
                 connected,
@@ -475,12 +484,13 @@ impl Fleet {
                     (false, seen) => Some(rfc3339(seen)),
                 },
                 generation: status.generation,
-                in_sync: desired.is_some_and(|digest| digest == status.digest),
-                mode: status.mode,
+                in_sync,
+                mode: status.mode.to_string(),
                 drift: status.drift,
                 degraded: status.degraded,
-                failure: status.failure,
-                agent_version: status.version,
+                // Of what it is no longer asked to do, nobody needs to hear.
+                failure: if in_sync { String::new() } else { status.failure },
+                agent_version: status.version.to_string(),
                 certificate_until: until_ms.map(rfc3339),
             },
         })
@@ -505,7 +515,7 @@ impl Fleet {
         let mut new = record.clone();
         if let Some(labels) = change.labels {
             check_labels(&labels, "/labels")?;
-            new.labels = labels;
+            new.labels = Arc::new(labels);
         }
         if let Some(interfaces) = &change.interfaces {
             new.interfaces = interfaces_of(interfaces)?;
@@ -519,10 +529,10 @@ impl Fleet {
         let ops = vec![Op::put(INSTANCE, name, Expect::Revision(revision), &new)];
         let revision = self.commit(Commit { ops, audit, remember: act.remember.clone() }).await?;
         // Whoever was told that it is done reads it here from now on.
-        self.registry().set_instance(name, Some(Known { revision, record: Arc::new(new.clone()) }));
+        self.registry().set_instance(name, Some((revision, new.clone())));
         let mut view = self.instance(name).await?;
         view.revision = revision;
-        view.labels = new.labels;
+        view.labels = (*new.labels).clone();
         view.interfaces = change.interfaces.unwrap_or(view.interfaces);
         Ok(view)
     }
@@ -564,7 +574,7 @@ impl Fleet {
         let new = InstanceRecord { certificates: Vec::new(), ..record };
         let ops = vec![Op::put(INSTANCE, name, Expect::Revision(revision), &new)];
         let revision = self.commit(Commit { ops, audit, remember: act.remember.clone() }).await?;
-        self.registry().set_instance(name, Some(Known { revision, record: Arc::new(new) }));
+        self.registry().set_instance(name, Some((revision, new)));
         self.end_stream(name, "revoked");
         Ok(())
     }

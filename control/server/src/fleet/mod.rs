@@ -16,13 +16,12 @@ mod rollouts;
 mod tokens;
 mod view;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use keepwall_api::fleet::{Labels, Report};
 pub(crate) use keepwall_core::hex;
-use keepwall_core::unhex;
 use keepwall_fleet::rollout::Fact;
 use keepwall_store::{Commit, Committed, Generation, Remember, Store, StoreError};
 use serde_json::json;
@@ -31,6 +30,7 @@ use tokio::sync::{Notify, broadcast};
 use crate::ca::Authority;
 pub(crate) use instances::subject;
 pub use instances::{Admission, Enroll, EnrollInterface, Enrolled};
+pub(crate) use records::Sha256;
 use records::{InstanceRecord, ServerRecord, StatusRecord};
 use view::View;
 
@@ -145,7 +145,9 @@ pub(crate) struct Registry {
     /// Labels or interfaces differ from what the view was made of.
     unresolved: bool,
     /// Statuses that are newer here than in the store.
-    dirty: std::collections::HashSet<Arc<str>>,
+    dirty: HashSet<Arc<str>>,
+    /// What many machines have in common, held once.
+    shared: Shared,
 }
 
 /// A stream that is open at this server.
@@ -159,13 +161,55 @@ pub(crate) struct Handle {
     pub(crate) end: Arc<Mutex<Option<&'static str>>>,
 }
 
+/// Values that many machines have, each held once: most of a fleet has few kinds of labels, devices and versions.
+#[derive(Debug, Default)]
+struct Shared {
+    labels: HashSet<Arc<Labels>>,
+    words: HashSet<Arc<str>>,
+}
+
+/// So many values may be held that no machine has any more, before all such are let go.
+const SHARED_SPARE: usize = 64;
+
+/// The value as it is held already, or as it is from now on.
+fn one<T: ?Sized + Eq + std::hash::Hash>(held: &mut HashSet<Arc<T>>, value: &mut Arc<T>) {
+    if let Some(known) = held.get(&**value) {
+        *value = Arc::clone(known);
+        return;
+    }
+    // What only this set holds is garbage; looking for it is paid for by as many insertions.
+    if held.len() >= SHARED_SPARE && held.len() == held.capacity() {
+        held.retain(|value| Arc::strong_count(value) > 1);
+    }
+    held.insert(Arc::clone(value));
+}
+
+impl Shared {
+    fn instance(&mut self, record: &mut InstanceRecord) {
+        one(&mut self.labels, &mut record.labels);
+        for interface in &mut record.interfaces {
+            one(&mut self.words, &mut interface.name);
+            one(&mut self.words, &mut interface.device);
+            interface.addresses.shrink_to_fit();
+        }
+        record.interfaces.shrink_to_fit();
+        record.certificates.shrink_to_fit();
+    }
+
+    fn status(&mut self, status: &mut StatusRecord) {
+        for word in [&mut status.mode, &mut status.version, &mut status.server] {
+            one(&mut self.words, word);
+        }
+    }
+}
+
 /// The fleet as one server sees it.
 pub struct Fleet {
     store: Arc<dyn Store>,
     authority: Arc<Authority>,
     settings: FleetSettings,
     /// Of this process; a restart is another.
-    server: String,
+    server: Arc<str>,
     view: RwLock<Arc<View>>,
     registry: Mutex<Registry>,
     sessions: Mutex<HashMap<Arc<str>, Handle>>,
@@ -229,16 +273,6 @@ pub fn rfc3339(ms: u64) -> String {
     format!("{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}.{ms:03}Z", s / 3_600, s / 60 % 60, s % 60)
 }
 
-/// True if `text` is `bytes` in hexadecimal; ten thousand machines are compared so, many times a second.
-fn is_hex_of(text: &str, bytes: &[u8; 32]) -> bool {
-    const DIGITS: &[u8; 16] = b"0123456789abcdef";
-    text.len() == 64
-        && bytes
-            .iter()
-            .zip(text.as_bytes().chunks_exact(2))
-            .all(|(byte, pair)| pair[0] == DIGITS[usize::from(byte >> 4)] && pair[1] == DIGITS[usize::from(byte & 15)])
-}
-
 /// A thread that panicked left a map as it was before or after one insertion: both are fine.
 fn hold<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -258,7 +292,7 @@ impl Fleet {
             store,
             authority,
             settings,
-            server: format!("srv-{}", hex(&crate::seal::random::<8>())),
+            server: format!("srv-{}", hex(&crate::seal::random::<8>())).into(),
             view: RwLock::default(),
             registry: Mutex::default(),
             sessions: Mutex::default(),
@@ -268,6 +302,9 @@ impl Fleet {
             nudge_wake: Notify::new(),
             token_slots: Mutex::default(),
         });
+        if !fleet.store.shared() {
+            fleet.bury_predecessors().await?;
+        }
         let follower = follow::Follower::start(Arc::clone(&fleet)).await?;
         tokio::spawn(follower.run());
         tokio::spawn(Arc::clone(&fleet).flush_statuses());
@@ -332,8 +369,9 @@ impl Fleet {
         for name in registry.instances.keys() {
             let Some(status) = registry.statuses.get(name) else { continue };
             count.connected += usize::from(registry.connected(&self.server, status, now));
-            count.in_sync += usize::from(view.desired(name).is_some_and(|d| is_hex_of(&status.digest, &d.digest)));
-            count.failed += usize::from(status.failed.is_some());
+            let in_sync = view.desired(name).is_some_and(|d| d.digest == status.digest.0);
+            count.in_sync += usize::from(in_sync);
+            count.failed += usize::from(status.failed.is_some() && !in_sync);
             count.drifted += usize::from(!status.drift.is_empty());
         }
         count
@@ -383,19 +421,19 @@ impl Fleet {
         tokio::spawn(async move {
             tokio::time::sleep(MISSED).await;
             if fleet.close_stream(&instance, &handle) {
-                fleet.heard(&instance, |record| record.server.clear());
+                fleet.heard(&instance, |record| record.server = Arc::default());
             }
         });
     }
 
     /// Of this process, among the servers of the store.
     #[must_use]
-    pub fn server_name(&self) -> &str {
+    pub fn server_name(&self) -> &Arc<str> {
         &self.server
     }
 
     pub(crate) fn labels_of(&self, instance: &str) -> Labels {
-        self.registry().instances.get(instance).map(|k| k.record.labels.clone()).unwrap_or_default()
+        self.registry().instances.get(instance).map(|k| (*k.record.labels).clone()).unwrap_or_default()
     }
 
     /// Tells those who watch of a row.
@@ -423,13 +461,15 @@ impl Fleet {
 
     /// Changes what is known of a machine; written to the store soon, together with others.
     pub(crate) fn heard(&self, instance: &Arc<str>, change: impl FnOnce(&mut StatusRecord)) {
-        let mut registry = self.registry();
+        let mut guard = self.registry();
+        let registry = &mut *guard;
         let status = registry.statuses.entry(Arc::clone(instance)).or_default();
         let before = status.clone();
         change(status);
         if *status == before {
             return;
         }
+        registry.shared.status(status);
         status.seen_ms = now_ms();
         // Made only for those who watch: ten thousand machines speak at once after a push.
         let live = (self.live.receiver_count() > 0).then(|| {
@@ -442,11 +482,11 @@ impl Fleet {
             })
         });
         let labels = match (&live, registry.instances.get(instance)) {
-            (Some(_), Some(known)) => known.record.labels.clone(),
+            (Some(_), Some(known)) => (*known.record.labels).clone(),
             _ => Labels::new(),
         };
         registry.dirty.insert(Arc::clone(instance));
-        drop(registry);
+        drop(guard);
         if let Some(body) = live {
             self.tell("instance", instance, labels, &body);
         }
@@ -459,10 +499,10 @@ impl Fleet {
             return Fact { removed: !registry.instances.contains_key(instance), ..Fact::default() };
         };
         let target = view.target(instance);
-        let is_target = |digest: &str| target.is_some_and(|target| is_hex_of(digest, &target));
+        let is_target = |digest: Sha256| target == Some(digest.0);
         Fact {
-            applied: is_target(&status.digest),
-            failed: status.failed.as_deref().is_some_and(is_target) && status.failed_generation >= view.asked,
+            applied: is_target(status.digest),
+            failed: status.failed.is_some_and(is_target) && status.failed_generation >= view.asked,
             connected: registry.connected(&self.server, status, now_ms),
             heard_ms: status.seen_ms,
             removed: !registry.instances.contains_key(instance),
@@ -506,28 +546,37 @@ impl Handle {
 impl Registry {
     /// True if a stream of the machine is open at some living server.
     pub(crate) fn connected(&self, own: &str, status: &StatusRecord, now_ms: u64) -> bool {
-        let alive = |server: &String| {
+        let alive = |server: &str| {
             self.servers.get(server).is_some_and(|record| now_ms.saturating_sub(record.beat_ms) < SERVER_SILENT_MS)
         };
-        !status.server.is_empty() && (status.server == own || alive(&status.server))
+        !status.server.is_empty() && (&*status.server == own || alive(&status.server))
     }
 
     /// Takes over a machine's record, or forgets it. A record that is older than what is known comes too late.
-    pub(crate) fn set_instance(&mut self, name: &str, known: Option<Known>) {
-        if let (Some(old), Some(new)) = (self.instances.get(name), &known)
-            && new.revision < old.revision
+    pub(crate) fn set_instance(&mut self, name: &str, record: Option<(Generation, InstanceRecord)>) {
+        if let (Some(old), Some((new, _))) = (self.instances.get(name), &record)
+            && *new < old.revision
         {
             return;
         }
+        let known = record.map(|(revision, mut record)| {
+            self.shared.instance(&mut record);
+            Known { revision, record: Arc::new(record) }
+        });
         let name: Arc<str> = match self.instances.get_key_value(name) {
             Some((name, _)) => Arc::clone(name),
             None => name.into(),
         };
-        let matters = |known: &Known| (known.record.labels.clone(), known.record.interfaces.clone());
-        self.unresolved |= self.instances.get(&name).map(matters) != known.as_ref().map(matters);
-        if let Some(old) = self.instances.get(&name) {
-            for certificate in old.record.certificates.iter().filter_map(|c| unhex(&c.sha256)) {
-                self.certificates.remove(&certificate);
+        let old = self.instances.get(&name);
+        self.unresolved |= match (old, &known) {
+            (Some(old), Some(new)) => {
+                (&old.record.labels, &old.record.interfaces) != (&new.record.labels, &new.record.interfaces)
+            }
+            (old, new) => old.is_some() != new.is_some(),
+        };
+        if let Some(old) = old {
+            for certificate in &old.record.certificates {
+                self.certificates.remove(&certificate.sha256.0);
             }
             for address in old.record.interfaces.iter().flat_map(|i| &i.addresses) {
                 self.addresses.remove(address);
@@ -541,9 +590,7 @@ impl Registry {
             }
             Some(known) => {
                 for certificate in &known.record.certificates {
-                    if let Some(digest) = unhex(&certificate.sha256) {
-                        self.certificates.insert(digest, (Arc::clone(&name), certificate.until_ms));
-                    }
+                    self.certificates.insert(certificate.sha256.0, (Arc::clone(&name), certificate.until_ms));
                 }
                 for address in known.record.interfaces.iter().flat_map(|i| &i.addresses) {
                     self.addresses.insert(*address, Arc::clone(&name));
@@ -567,10 +614,30 @@ mod tests {
     }
 
     #[test]
-    fn digests_are_written_and_read() {
-        assert_eq!(unhex(&hex(&[7; 32])), Some([7; 32]));
-        assert!(is_hex_of(&hex(&[0xa7; 32]), &[0xa7; 32]) && !is_hex_of(&hex(&[0xa7; 32]), &[0xa8; 32]));
-        assert!(!is_hex_of("", &[0; 32]));
-        assert_eq!((unhex("07"), unhex(&"g".repeat(64))), (None, None));
+    fn digests_are_kept_as_people_read_them() {
+        let text = format!("\"{}\"", "a7".repeat(32));
+        assert_eq!(serde_json::to_string(&Sha256([0xa7; 32])).unwrap(), text);
+        assert_eq!(serde_json::from_str::<Sha256>(&text).unwrap(), Sha256([0xa7; 32]));
+        assert_eq!(serde_json::from_str::<Sha256>("\"\"").unwrap(), Sha256::default());
+        assert!(serde_json::from_str::<Sha256>("\"07\"").is_err());
+    }
+
+    #[test]
+    fn machines_that_are_alike_share_what_they_have_in_common() {
+        let mut registry = Registry::default();
+        let record = || InstanceRecord {
+            labels: Arc::new([("tier".to_owned(), "web".to_owned())].into()),
+            ..InstanceRecord::default()
+        };
+        registry.set_instance("web-1", Some((1, record())));
+        registry.set_instance("web-2", Some((2, record())));
+        let labels = |name: &str| Arc::clone(&registry.instances[name].record.labels);
+        assert!(Arc::ptr_eq(&labels("web-1"), &labels("web-2")));
+        // Nothing is held for machines that are gone.
+        for n in 0..1_000 {
+            let labels = Arc::new([("n".to_owned(), n.to_string())].into());
+            registry.set_instance("web-3", Some((3, InstanceRecord { labels, ..record() })));
+        }
+        assert!(registry.shared.labels.len() < 200);
     }
 }

@@ -1,10 +1,11 @@
 //! What is kept in the store about the fleet: the bodies of its resources.
 
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use keepwall_api::fleet::{Labels, PostureFile, RolloutPolicy, TokenSpec};
 use keepwall_fleet::rollout::Rollout;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// Kind of [`PostureRecord`]; its one name is [`CURRENT`].
 pub(crate) const POSTURE: &str = "posture";
@@ -24,6 +25,32 @@ pub(crate) const ASKED: &str = "asked";
 pub(crate) const CURRENT: &str = "current";
 /// Earlier postures that are kept for return.
 pub(crate) const POSTURES_KEPT: u32 = 1_000;
+
+/// A SHA-256 digest, kept as hexadecimal. Nothing at all is the digest of nothing known.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Sha256(pub(crate) [u8; 32]);
+
+impl std::fmt::Display for Sha256 {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&keepwall_core::hex(&self.0))
+    }
+}
+
+impl Serialize for Sha256 {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Sha256 {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Sha256, D::Error> {
+        let text = std::borrow::Cow::<str>::deserialize(from)?;
+        if text.is_empty() {
+            return Ok(Sha256::default());
+        }
+        keepwall_core::unhex(&text).map(Sha256).ok_or_else(|| serde::de::Error::custom("a digest has 64 hex digits"))
+    }
+}
 
 /// What is declared.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -54,27 +81,31 @@ pub(crate) struct RolloutRecord {
 /// A certificate that an instance may show.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct CertificateRecord {
-    /// SHA-256 of the DER, hex.
-    pub(crate) sha256: String,
+    /// Of the DER.
+    pub(crate) sha256: Sha256,
     pub(crate) until_ms: u64,
 }
 
-/// A machine that enrolled.
+/// A machine that enrolled. There are thousands in memory: what many have in common they share, see
+/// [`super::Registry::set_instance`].
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct InstanceRecord {
-    pub(crate) labels: Labels,
+    pub(crate) labels: Arc<Labels>,
     pub(crate) interfaces: Vec<InterfaceRecord>,
     /// The newest two: a renewal is not sure to arrive.
     pub(crate) certificates: Vec<CertificateRecord>,
     /// The token that let it in.
-    pub(crate) token: String,
+    pub(crate) token: Box<str>,
+    /// Of the public key with which the token was used.
+    #[serde(default)]
+    pub(crate) key: Sha256,
     pub(crate) enrolled_ms: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct InterfaceRecord {
-    pub(crate) name: String,
-    pub(crate) device: String,
+    pub(crate) name: Arc<str>,
+    pub(crate) device: Arc<str>,
     pub(crate) addresses: Vec<IpAddr>,
 }
 
@@ -91,18 +122,17 @@ pub(crate) struct TokenRecord {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct StatusRecord {
     pub(crate) generation: u64,
-    /// Hex.
-    pub(crate) digest: String,
-    /// What it could not do: digest, hex.
-    pub(crate) failed: Option<String>,
+    pub(crate) digest: Sha256,
+    /// What it could not do.
+    pub(crate) failed: Option<Sha256>,
     pub(crate) failed_generation: u64,
     pub(crate) failure: String,
-    pub(crate) mode: String,
+    pub(crate) mode: Arc<str>,
     pub(crate) drift: Vec<String>,
     pub(crate) degraded: Vec<String>,
-    pub(crate) version: String,
+    pub(crate) version: Arc<str>,
     /// The server that holds its stream, or empty.
-    pub(crate) server: String,
+    pub(crate) server: Arc<str>,
     /// When something of this changed last, or it was last heard before it went.
     pub(crate) seen_ms: u64,
 }

@@ -64,7 +64,7 @@ impl Fleet {
             let begun = tokio::time::Instant::now();
             let driven = self.drive().await;
             // Ten thousand machines speak at once: their words are gathered, and most of the time is theirs.
-            tokio::time::sleep(GATHER.max(begun.elapsed() * 3)).await;
+            tokio::time::sleep(GATHER.max(begun.elapsed() * 9)).await;
             if let Err(error) = driven {
                 // Somebody else's step came first, or the store is away: look again.
                 tracing::debug!(?error, "a rollout's step did not go through");

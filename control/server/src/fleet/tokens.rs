@@ -1,5 +1,7 @@
 //! Enrolment tokens: short-lived, counted, shown once.
 
+use std::collections::BTreeSet;
+
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use keepwall_api::fleet::{TokenMade, TokenSpec, TokenView};
@@ -21,9 +23,12 @@ const USES_MAX: u32 = 1_000;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct TokenUse {
     pub(super) instance: String,
-    /// SHA-256 of the key, hex.
-    pub(super) key: String,
     pub(super) time_ms: u64,
+}
+
+/// The name of one use.
+pub(super) fn slot_name(id: &str, slot: u32) -> String {
+    format!("{id}/{slot:04}")
 }
 
 /// `et-…` and the secret's bytes, out of a token's secret word.
@@ -95,25 +100,52 @@ impl Fleet {
         Ok((found.revision, found.read()?))
     }
 
-    pub(super) async fn token_uses(&self, id: &str) -> Result<Vec<(String, TokenUse)>, StoreError> {
+    async fn token_uses(&self, id: &str) -> Result<Vec<(String, TokenUse)>, StoreError> {
         let prefix = format!("{id}/");
         let found = self.store.list(TOKEN_USE, Some(&prefix), USES_MAX as usize).await?;
         let mine = found.into_iter().take_while(|r| r.name.starts_with(&prefix));
         mine.map(|r| Ok((r.name.clone(), r.read()?))).collect()
     }
 
-    /// A slot that nobody has taken, as far as this server knows; the store has the last word.
-    pub(super) fn next_slot(&self, id: &str, used: u32) -> u32 {
+    /// True if a slot is left, as far as this server knows. They are counted once, and not for each of a thousand
+    /// machines that come by one token.
+    pub(super) async fn slot_left(&self, id: &str, uses: u32) -> Result<bool, StoreError> {
         /// More tokens than this in use at once start counting from the store again.
         const TOKENS_MAX: usize = 10_000;
-        let mut slots = hold(&self.token_slots);
-        if slots.len() >= TOKENS_MAX {
-            slots.clear();
+        let known = hold(&self.token_slots).get(id).copied();
+        if known.is_none_or(|next| next >= uses) {
+            // A slot that was given out here and not used, since the store was away, is free again.
+            let taken: BTreeSet<String> = self.token_uses(id).await?.into_iter().map(|(name, _)| name).collect();
+            let Some(free) = (0..uses).find(|slot| !taken.contains(&slot_name(id, *slot))) else { return Ok(false) };
+            let mut slots = hold(&self.token_slots);
+            if slots.len() >= TOKENS_MAX {
+                slots.clear();
+            }
+            let next = slots.entry(id.to_owned()).or_insert(free);
+            // Somebody else may have counted meanwhile.
+            *next = if *next < uses { (*next).max(free) } else { free };
         }
-        let next = slots.entry(id.to_owned()).or_insert(used);
-        let slot = (*next).max(used);
-        *next = slot + 1;
-        slot
+        Ok(true)
+    }
+
+    /// The next slot that nobody has taken, as far as this server knows; the store has the last word.
+    pub(super) fn next_slot(&self, id: &str) -> u32 {
+        let mut slots = hold(&self.token_slots);
+        let next = slots.entry(id.to_owned()).or_default();
+        *next += 1;
+        *next - 1
+    }
+
+    pub(super) fn forget_slots(&self, id: &str) {
+        hold(&self.token_slots).remove(id);
+    }
+
+    /// A server, perhaps another one, took a slot: `et-…/0000`.
+    pub(super) fn slot_taken(&self, name: &str) {
+        let Some((id, slot)) = name.split_once('/') else { return };
+        if let (Ok(slot), Some(next)) = (slot.parse::<u32>(), hold(&self.token_slots).get_mut(id)) {
+            *next = (*next).max(slot.saturating_add(1));
+        }
     }
 
     async fn token_view(&self, resource: &Resource) -> Result<TokenView, FleetError> {

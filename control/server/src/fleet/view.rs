@@ -52,6 +52,8 @@ pub(crate) struct View {
     pub(crate) now: Option<Arc<World>>,
     /// Of the posture before, for machines that the rollout has not reached.
     pub(crate) before: Option<Arc<World>>,
+    /// The posture before.
+    returns_to: Option<Declared>,
     /// Machines that the rollout has reached; `None` if there is no rollout, and everybody is.
     reached: Option<Arc<HashSet<String>>>,
     prints: VecDeque<Arc<Print>>,
@@ -74,9 +76,10 @@ impl View {
         let world = |declared: &Option<Declared>| -> Option<Arc<World>> {
             let declared = declared.as_ref()?;
             if !instances_changed {
-                let same = |other: &Option<Declared>| other.as_ref().is_some_and(|d| d.revision == declared.revision);
-                if same(&last.declared) && last.now.is_some() {
-                    return last.now.clone();
+                let made = [(&last.declared, &last.now), (&last.returns_to, &last.before)];
+                let same = |other: &&Option<Declared>| other.as_ref().is_some_and(|d| d.revision == declared.revision);
+                if let Some((_, Some(world))) = made.iter().find(|(of, world)| same(of) && world.is_some()) {
+                    return Some(Arc::clone(world));
                 }
             }
             match World::build(&declared.spec, &source.enrolled) {
@@ -107,6 +110,7 @@ impl View {
             active: source.active,
             now,
             before,
+            returns_to: source.before,
             prints,
             bodies: Arc::default(),
         }
@@ -121,6 +125,7 @@ impl View {
             active: self.active.clone(),
             now: self.now.clone(),
             before: self.before.clone(),
+            returns_to: self.returns_to.clone(),
             reached: self.reached.clone(),
             prints: self.prints.clone(),
             bodies: Arc::clone(&self.bodies),
@@ -191,11 +196,11 @@ pub(crate) fn parse(record: &PostureRecord) -> Result<Spec, Vec<keepwall_posture
 /// An instance's record as the world takes it.
 pub(crate) fn enrolled(name: &str, record: &InstanceRecord) -> Enrolled {
     let interface = |i: &super::records::InterfaceRecord| -> (String, String, Vec<IpAddr>) {
-        (i.name.clone(), i.device.clone(), i.addresses.clone())
+        (i.name.to_string(), i.device.to_string(), i.addresses.clone())
     };
     Enrolled {
         name: name.to_owned(),
-        labels: record.labels.clone(),
+        labels: Arc::clone(&record.labels),
         interfaces: record.interfaces.iter().map(interface).collect(),
     }
 }

@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, Write};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -37,11 +37,15 @@ fn failed(path: &Path, error: &dyn std::fmt::Display) -> StoreError {
 }
 
 /// Makes what happened to names in the directory of `path` durable.
-fn sync_directory(path: &Path) -> Result<(), StoreError> {
-    let directory = match path.parent() {
+fn directory(path: &Path) -> &Path {
+    match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
-    };
+    }
+}
+
+fn sync_directory(path: &Path) -> Result<(), StoreError> {
+    let directory = directory(path);
     File::open(directory).and_then(|directory| directory.sync_all()).map_err(|error| failed(directory, &error))
 }
 
@@ -216,6 +220,11 @@ pub fn restore(from: &Path, to: &Path) -> Result<Restored, StoreError> {
     let present = if there { close(to) } else { Ok(0) };
     let generation = plan::next_epoch(known.max(present.clone().unwrap_or(0)), now_ms())?;
     raise(&next, generation)?;
+    let owner = fs::metadata(directory(to)).map_err(|error| failed(to, &error))?;
+    if fs::metadata(&next).is_ok_and(|made| made.uid() != owner.uid()) {
+        // Root restores for a server that has a user of its own.
+        std::os::unix::fs::chown(&next, Some(owner.uid()), Some(owner.gid())).map_err(|error| failed(&next, &error))?;
+    }
 
     let aside = beside(to, &format!(".{date}.{}", if present.is_ok() { "replaced" } else { "damaged" }));
     // A log of writes without its database, or beside another one, would be played into it.

@@ -23,7 +23,7 @@ impl Reader<'_, '_> {
         if !self.keys(node, &keys::INSTANCE) {
             return None;
         }
-        let labels = given(node, "labels").map(|(_, labels)| self.labels(labels)).unwrap_or_default();
+        let labels = given(node, "labels").map(|(_, labels)| self.labels(labels)).unwrap_or_default().into();
         let interfaces = self.interfaces(key, node);
         Some(Instance { name, place: self.place(key.span), labels, interfaces })
     }
