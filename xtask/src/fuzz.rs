@@ -3,9 +3,10 @@
 //! The targets are in `fuzz/`, a workspace of its own. A corpus is seeded from the examples and from what the product
 //! itself writes (intents, frames, tables), because random bytes never get past a length or a brace.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use keepwall_core::Generation;
 use keepwall_fleet::bundle::Bundle;
@@ -132,9 +133,19 @@ fn build(all: bool) -> Result<PathBuf, String> {
         .status()
         .map_err(|error| format!("cannot start cargo: {error}"))?;
     if !status.success() {
-        return Err("the targets do not build; libFuzzer needs a C++ compiler (apt install g++)".into());
+        let compiler = std::env::var_os("CXX").unwrap_or_else(|| "c++".into());
+        return Err(not_built(&compiler));
     }
     Ok(target.join(host).join("release"))
+}
+
+/// What to say where cargo has said why; of the C++ compiler only if there is none.
+fn not_built(compiler: &OsStr) -> String {
+    let started = Command::new(compiler).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
+    match started {
+        Ok(_) => "the targets do not build; why is above".into(),
+        Err(_) => "the targets do not build; libFuzzer needs a C++ compiler (apt install g++)".into(),
+    }
 }
 
 fn corpus(target: &str) -> PathBuf {
@@ -287,4 +298,15 @@ fn encoded(table: &Table) -> Option<Vec<u8>> {
         }
     }
     Some(batch.finish().bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_compiler_is_named_only_where_there_is_none() {
+        assert!(!not_built(OsStr::new("true")).contains("C++"));
+        assert!(not_built(OsStr::new("/nonexistent/c++")).contains("C++"));
+    }
 }

@@ -116,6 +116,8 @@ fn flow(logged: &Logged, intent: Option<&Intent>) -> Option<Flow> {
     let (rule, place) = match (intent, attachment, direction) {
         (Some(intent), Some(attachment), Some(direction)) => {
             match judge(intent, attachment, &ends.seen(direction)).reason() {
+                // The rules of a fleet come without places: the posture is at the server.
+                Reason::Rule { label, place, .. } if place.line == 0 => (label.clone(), String::new()),
                 Reason::Rule { label, place, .. } => (label.clone(), place.to_string()),
                 other => (other.to_string(), String::new()),
             }

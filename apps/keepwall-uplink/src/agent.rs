@@ -3,7 +3,7 @@
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use keepwall_core::{Finding, Severity};
 use keepwall_fleet::bundle::Bundle;
@@ -13,6 +13,7 @@ use keepwall_link::{
 };
 use keepwall_secgroup::intent::Intent;
 use keepwall_uplink::Machine;
+use keepwall_uplink::contact::{Contact, Noted};
 use keepwall_uplink::machine::{Applied, InForce};
 use serde_json::json;
 
@@ -24,8 +25,6 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const NOTE_BYTES_MAX: usize = 1_024;
 /// Lines of a difference in a finding.
 const LINES_MAX: usize = 20;
-/// Written in the state directory when the server has welcomed this process, for those who wait for that.
-pub(crate) const CONTACT: &str = "contact";
 
 /// The machine.
 #[derive(Clone, Debug)]
@@ -47,7 +46,8 @@ struct Seen {
     contested: Vec<String>,
     /// What was put in force and is neither confirmed nor taken back, as far as is known here.
     waiting: Option<Mark>,
-    contact: bool,
+    /// How it stands with the server, as it is written in the state directory.
+    contact: Option<Noted>,
 }
 
 fn mark(state: State) -> Mark {
@@ -101,6 +101,8 @@ fn hold<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Agent {
     pub(crate) fn new(socket: &Path, state: &Path) -> Agent {
+        // What an earlier process wrote may not be so any more.
+        Noted::remove(state);
         let (rows, seen) = (Mutex::new(Rows::new()), Mutex::default());
         Agent(Arc::new(Inner { socket: socket.to_owned(), state: state.to_owned(), rows, seen }))
     }
@@ -251,13 +253,15 @@ impl Inner {
         }
     }
 
-    /// Whoever waits for the first contact sees that there is one.
-    fn contact(&self) {
-        if !std::mem::replace(&mut hold(&self.seen).contact, true)
-            && let Err(error) = std::fs::write(self.state.join(CONTACT), "")
-        {
-            tracing::warn!(%error, "cannot note that there is contact");
+    /// Whoever asks on this machine reads how it stands.
+    fn contact(&self, contact: Contact) {
+        let now_s = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        let mut seen = hold(&self.seen);
+        let Some(noted) = Noted::after(seen.contact.as_ref(), contact, now_s) else { return };
+        if let Err(error) = noted.write(&self.state) {
+            tracing::warn!(%error, "cannot note how it stands with the server");
         }
+        seen.contact = Some(noted);
     }
 }
 
@@ -306,13 +310,16 @@ impl Machine for Agent {
     }
 
     async fn rows(&self, max: usize) -> keepwall_wire::Report {
-        // Asked for only once the server has welcomed us.
-        self.0.contact();
         self.with_rows(|rows| rows.report(max))
     }
 
     async fn kept(&self, through: u64) {
         self.with_rows(|rows| rows.kept(through));
+    }
+
+    async fn contact(&self, contact: Contact) {
+        // A disk that hangs holds up no heartbeat.
+        let _ = self.waiting(move |inner| inner.contact(contact)).await;
     }
 }
 

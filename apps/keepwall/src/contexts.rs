@@ -78,7 +78,7 @@ pub struct Aim {
 fn digest(text: &str) -> Result<[u8; 32], Failure> {
     let plain: String = text.chars().filter(|c| *c != ':').collect();
     keepwall_core::unhex(&plain).ok_or_else(|| {
-        Failure::new("a SHA-256 has 64 hexadecimal digits", "openssl x509 -in ca.pem -outform DER | sha256sum")
+        Failure::new("a SHA-256 has 64 hexadecimal digits", "`keepwalld authority` prints it, at the server")
     })
 }
 

@@ -10,8 +10,9 @@ use std::time::{Duration, Instant};
 use keepwall_host::process::{self, User};
 use keepwall_link::{FleetState, Request, Response};
 use keepwall_uplink::Identity;
+use keepwall_uplink::contact::{Contact, Noted};
 use keepwall_uplink::token::Token;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::agent::unexpected;
 use crate::cli;
@@ -20,11 +21,8 @@ use crate::failure::Failure;
 use crate::{Context, exposure, ui};
 
 const UPLINK: &str = "keepwall-uplink";
-const AGENT: &str = "keepwall-agent";
 /// See [`daemons::account`].
 const UPLINK_ID: u32 = 64_917;
-/// What the uplink writes in its directory when the server has welcomed it.
-const CONTACT: &str = "contact";
 /// A server that is dialled by a whole fleet answers late; then enrolment is done, and contact comes by itself.
 const CONTACT_WITHIN: Duration = Duration::from_secs(30);
 /// How long the first posture is awaited, once there is contact.
@@ -43,6 +41,18 @@ struct Enrolled {
     /// False if the machine had a certificate before, and the token was shown to nobody.
     #[serde(skip, default = "yes")]
     by_token: bool,
+}
+
+/// How it stands with the server.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Standing {
+    /// By the uplink's last word.
+    Known(Noted),
+    /// The uplink has just begun.
+    Dialling,
+    /// There is no uplink.
+    NoUplink,
 }
 
 fn yes() -> bool {
@@ -70,7 +80,7 @@ fn read_token(word: &str) -> Result<(Token, String), Failure> {
 }
 
 /// What the agent says about a fleet; `None` if the machine is in none.
-fn fleet(context: &Context) -> Result<Option<FleetState>, Failure> {
+pub fn fleet(context: &Context) -> Result<Option<FleetState>, Failure> {
     let bound = match context.agent.ask(Request::Status)? {
         Response::Status(status) => status.server.is_some(),
         other => return Err(unexpected(&other)),
@@ -82,24 +92,6 @@ fn fleet(context: &Context) -> Result<Option<FleetState>, Failure> {
         Response::Fleet(fleet) => Ok(Some(fleet)),
         other => Err(unexpected(&other)),
     }
-}
-
-/// Makes sure that the agent runs, now and after a boot where systemd sees to that.
-fn ensure_agent(context: &Context, state: &Path) -> Result<(), Failure> {
-    let by_systemd =
-        daemons::usual(&context.global.socket) && state == Path::new(keepwall_link::STATE) && daemons::has_unit(AGENT);
-    if by_systemd {
-        // One that runs already too: nothing else starts it after a boot.
-        daemons::systemctl(&["enable", "--quiet", "keepwall-restore.service", "keepwall-agent.service"])?;
-    }
-    if context.agent.is_up() {
-        return Ok(());
-    }
-    if !by_systemd {
-        return exposure::start_agent(context, state);
-    }
-    daemons::systemctl(&["start", "keepwall-agent.service"])?;
-    exposure::await_agent(context, || "see journalctl -u keepwall-agent".to_owned())
 }
 
 /// True if the uplink is systemd's on this machine.
@@ -150,10 +142,28 @@ pub fn pause(context: &Context) -> Result<(), Failure> {
     Daemon::of(UPLINK, &context.global.socket).stop().map(|_| ())
 }
 
+/// How it stands with the server of this machine's fleet; `None` where the uplink's directory is not the usual one.
+pub fn contact(context: &Context, fleet: &FleetState) -> Option<Standing> {
+    let state = Path::new(keepwall_uplink::identity::STATE);
+    let ours = |known: &Identity| (&known.server, &known.instance) == (&fleet.server, &fleet.instance);
+    Identity::load(state).ok().filter(ours)?;
+    let runs = if uplink_unit(context, state) {
+        daemons::systemctl(&["is-active", "--quiet", "keepwall-uplink.service"]).is_ok()
+    } else {
+        Daemon::of(UPLINK, &context.global.socket).running().is_some()
+    };
+    let noted = Noted::read(state);
+    Some(match (runs, noted) {
+        (true, Some(noted)) => Standing::Known(noted),
+        (true, None) => Standing::Dialling,
+        (false, _) => Standing::NoUplink,
+    })
+}
+
 pub fn enroll(context: &Context, args: &cli::Enroll) -> Result<u8, Failure> {
     let (token, word) = read_token(&args.token)?;
     root()?;
-    ensure_agent(context, &args.agent_state)?;
+    exposure::ensure_agent(context, &args.agent_state)?;
     let bound = fleet(context)?;
     let known = Identity::load(&args.state).ok();
     if let Some(bound) = &bound
@@ -184,9 +194,12 @@ pub fn enroll(context: &Context, args: &cli::Enroll) -> Result<u8, Failure> {
         Response::Done(_) => {}
         other => return Err(unexpected(&other)),
     }
-    let _ = std::fs::remove_file(args.state.join(CONTACT));
+    Noted::remove(&args.state);
     start_uplink(context, &args.state, user)?;
-    let contact = wait(CONTACT_WITHIN, || Ok(args.state.join(CONTACT).symlink_metadata().is_ok()))?;
+    let noted = || Noted::read(&args.state).map(|noted| noted.contact);
+    // A server that takes the certificate no more does not change its mind.
+    wait(CONTACT_WITHIN, || Ok(matches!(noted(), Some(Contact::Made | Contact::Revoked))))?;
+    let contact = noted() == Some(Contact::Made);
     let decided = |fleet: Option<FleetState>| fleet.is_some_and(|fleet| fleet.held.generation > 0);
     if contact {
         wait(POSTURE_WITHIN, || Ok(decided(fleet(context)?)))?;
@@ -217,13 +230,22 @@ fn ask_in(context: &Context, args: &cli::Enroll, token: &Token, word: &str, user
         let words = String::from_utf8_lossy(&output.stderr).into_owned();
         let last = words.lines().last().unwrap_or("it said nothing");
         let last = last.strip_prefix("keepwall-uplink: ").unwrap_or(last);
-        return Err(Failure::new(
-            format!("this machine could not enrol at {}: {last}", token.server),
-            "nothing has changed here; run the same line again, with a new token if this one was used",
-        ));
+        return Err(Failure::new(format!("this machine could not enrol at {}: {last}", token.server), way_in(last)));
     }
     serde_json::from_slice(&output.stdout)
         .map_err(|error| Failure::new(format!("keepwall-uplink: {error}"), "install the same version of all programs"))
+}
+
+/// What to do about a refusal in these words.
+fn way_in(words: &str) -> &'static str {
+    if words.starts_with("cannot reach") {
+        "nothing has changed here, and the token is good still; see that keepwalld runs there, that `agents.listen` is \
+         not loopback, and that no firewall is between; then run the same line again"
+    } else if words.contains("is enrolled already") {
+        "at the server: keepwall token create --instance NAME for the same machine anew, or keepwall instance remove NAME"
+    } else {
+        "nothing has changed here; at the server: keepwall token create, and run here what it prints"
+    }
 }
 
 /// Looks until it is so. False if the time is over before.
@@ -249,10 +271,11 @@ fn report(context: &Context, state: &Path, enrolled: &Enrolled, contact: bool) -
         return Ok(());
     }
     ui::out(format!(
-        "{} This machine is {} in the fleet of {}.",
+        "{} This machine is {} in the fleet of {}{}.",
         ui::green("✓"),
         ui::bold(&enrolled.instance),
-        enrolled.server
+        enrolled.server,
+        if enrolled.by_token { "" } else { "; it was already, so the token was not used" }
     ));
     for address in &enrolled.left_out {
         ui::out(format!("  {} {} does not count as this machine's: {}", ui::yellow("!"), address, left_out(address)));
@@ -265,8 +288,7 @@ fn report(context: &Context, state: &Path, enrolled: &Enrolled, contact: bool) -
     if !contact {
         ui::out(format!("{} There is no contact yet; the uplink goes on trying (see {log}).", ui::yellow("!")));
         if !enrolled.by_token {
-            ui::out("  This machine had a certificate already, so the token was not used. If that certificate was");
-            ui::out("  revoked: keepwall leave, then this line again.");
+            ui::out("  If its certificate was revoked: keepwall leave, then this line again.");
         }
     } else if held > 0 {
         ui::out(format!("{} Contact is made, and generation {held} of the fleet is in force here.", ui::green("✓")));
@@ -304,7 +326,7 @@ fn left_out(address: &str) -> &'static str {
 pub fn leave(context: &Context, args: &cli::Leave) -> Result<u8, Failure> {
     root()?;
     let ran = stop_uplink(context, &args.state)?;
-    ensure_agent(context, &args.agent_state)?;
+    exposure::ensure_agent(context, &args.agent_state)?;
     let bound = fleet(context)?;
     match context.agent.ask(Request::Unbind)? {
         Response::Done(_) => {}
@@ -312,7 +334,7 @@ pub fn leave(context: &Context, args: &cli::Leave) -> Result<u8, Failure> {
     }
     let known = Identity::load(&args.state).ok();
     let forgotten = Identity::remove(&args.state).map_err(Failure::plain)?;
-    let _ = std::fs::remove_file(args.state.join(CONTACT));
+    Noted::remove(&args.state);
     let status = crate::plan::status(context)?;
     let place = bound.map(|b| (b.server, b.instance)).or(known.map(|k| (k.server, k.instance)));
     if context.global.json {
@@ -336,6 +358,6 @@ pub fn leave(context: &Context, args: &cli::Leave) -> Result<u8, Failure> {
         ui::out("    keepwall apply    change it");
         ui::out("    keepwall remove   stop enforcing");
     }
-    ui::out(format!("  {server} still lists `{instance}` until somebody removes it there."));
+    ui::out(format!("  {server} still lists it; to end that, there: keepwall instance remove {instance}"));
     Ok(0)
 }

@@ -292,6 +292,28 @@ pub fn reach(context: &Context, args: &cli::Reach) -> Result<u8, Failure> {
         .map(|((from, to), what)| vec![from, "→".into(), to, what.into_iter().collect::<Vec<_>>().join(", ")])
         .collect();
     ui::table(&["From", "", "To", "On"], &rows);
-    ui::out(ui::dim("(part): only some of those addresses. What is not listed is denied."));
+    ui::out(ui::dim(legend(&rows)));
     Ok(0)
+}
+
+/// What a reach table leaves unsaid; `(part)` is explained where it stands.
+pub fn legend(rows: &[Vec<String>]) -> &'static str {
+    let part = rows.iter().any(|row| row.last().is_some_and(|on| on.contains("(part)")));
+    if part {
+        "(part): only some of those addresses. What is not listed is denied."
+    } else {
+        "What is not listed is denied."
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::legend;
+
+    #[test]
+    fn the_legend_explains_only_what_the_table_has() {
+        let row = |on: &str| vec!["web".to_owned(), "→".to_owned(), "db".to_owned(), on.to_owned()];
+        assert!(!legend(&[row("tcp 80")]).contains("(part)"));
+        assert!(legend(&[row("tcp 80"), row("tcp 22 (part), tcp 443")]).contains("(part)"));
+    }
 }

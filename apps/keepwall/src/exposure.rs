@@ -8,7 +8,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use keepwall_core::{AddrRange, Family, Prefix};
-use keepwall_host::process::{Process, Signal};
+use keepwall_host::process::{Process, Signal, user};
 use keepwall_link::{Event, Flow, Request, Response};
 use keepwall_secgroup::evaluate::Packet;
 use keepwall_secgroup::intent::Intent;
@@ -28,6 +28,8 @@ use crate::own;
 use crate::posture;
 use crate::ui;
 
+const AGENT: &str = "keepwall-agent";
+const AGENT_UNIT: &str = "keepwall-agent.service";
 /// An agent that has not opened its socket by then is not coming.
 const AGENT_STARTS_WITHIN: Duration = Duration::from_secs(8);
 
@@ -162,21 +164,43 @@ pub fn show(context: &Context) -> Result<u8, Failure> {
     Ok(0)
 }
 
+/// True if the agent is systemd's on this machine.
+fn agent_unit(context: &Context, state: &Path) -> bool {
+    daemons::usual(&context.global.socket) && state == Path::new(keepwall_link::STATE) && daemons::has_unit(AGENT)
+}
+
+/// Makes sure that the agent runs, now and after a boot where systemd sees to that.
+pub fn ensure_agent(context: &Context, state: &Path) -> Result<(), Failure> {
+    let unit = agent_unit(context, state);
+    if unit {
+        // One that runs already too: nothing else starts it after a boot.
+        daemons::systemctl(&["enable", "--quiet", "keepwall-restore.service", AGENT_UNIT])?;
+    }
+    if context.agent.is_up() {
+        return Ok(());
+    }
+    if !unit {
+        return start_agent(context, state);
+    }
+    daemons::systemctl(&["start", AGENT_UNIT])?;
+    await_agent(context, || "see journalctl -u keepwall-agent".to_owned())
+}
+
 /// Starts an agent that outlives this command; its log goes beside its state.
-pub fn start_agent(context: &Context, state: &Path) -> Result<(), Failure> {
+fn start_agent(context: &Context, state: &Path) -> Result<(), Failure> {
     std::fs::create_dir_all(state).map_err(|error| {
         Failure::new(format!("cannot make {}: {error}", state.display()), "run this as root (sudo keepwall up)")
     })?;
-    let mut daemon = Daemon::of("keepwall-agent", &context.global.socket);
+    let mut daemon = Daemon::of(AGENT, &context.global.socket);
     daemon.log = state.join("agent.log");
-    let mut command = Command::new(daemons::program("keepwall-agent"));
+    let mut command = Command::new(daemons::program(AGENT));
     command.arg("run").arg("--state").arg(state).arg("--socket").arg(&context.global.socket);
     daemon.start(&mut command)?;
     await_agent(context, || format!("{} (in {})", daemon.last_words(), daemon.log.display()))
 }
 
 /// Waits until the agent answers; `why` says more if it does not.
-pub fn await_agent(context: &Context, why: impl Fn() -> String) -> Result<(), Failure> {
+fn await_agent(context: &Context, why: impl Fn() -> String) -> Result<(), Failure> {
     let started = Instant::now();
     while !context.agent.is_up() {
         if started.elapsed() > AGENT_STARTS_WITHIN {
@@ -192,10 +216,16 @@ pub fn up(context: &Context, args: &cli::Up) -> Result<u8, Failure> {
     let mut agent = "was running already, observing only";
     if args.no_agent {
         agent = "was not started, as asked";
-    } else if !context.agent.is_up() {
-        start_agent(context, &args.state)?;
-        agent = "has started and observes only";
-        crate::enroll::resume(context)?;
+    } else {
+        let ran = context.agent.is_up();
+        // Who is not root cannot ask systemd for anything, and need not where it runs.
+        if !ran || user().uid == 0 {
+            ensure_agent(context, &args.state)?;
+        }
+        if !ran {
+            agent = "has started and observes only";
+            crate::enroll::resume(context)?;
+        }
     }
     // What this machine exposes is shown also if the server does not start.
     let wanted = !args.no_agent && !args.no_server;
@@ -281,7 +311,15 @@ pub fn down(context: &Context, args: &cli::Down) -> Result<u8, Failure> {
         crate::plan::remove(context, true)?;
     }
     let process = Process::open(status.pid)?;
-    process.signal(Signal::Terminate)?;
+    let unit = daemons::usual(&context.global.socket) && daemons::has_unit(AGENT);
+    if unit {
+        // Told to end, it would be started again; and after a boot.
+        daemons::systemctl(&["disable", "--quiet", "--now", AGENT_UNIT])?;
+    }
+    // It may have been started without systemd.
+    if !unit || !process.wait(Some(Duration::ZERO))? {
+        process.signal(Signal::Terminate)?;
+    }
     if !process.wait(Some(Duration::from_secs(5)))? {
         return Err(Failure::new(
             format!("the agent (process {}) does not end", status.pid),

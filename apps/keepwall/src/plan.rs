@@ -359,7 +359,7 @@ pub fn agreed(question: &str, yes: bool) -> Result<bool, Failure> {
     }
     if !std::io::stdin().is_terminal() {
         return Err(Failure::new(
-            format!("there is nobody to ask: {question}"),
+            format!("nobody is at a terminal to answer: {question}"),
             "nothing was changed; look at what it would do, then add --yes",
         ));
     }

@@ -45,6 +45,11 @@ pub fn when(text: &str) -> String {
     seconds(text).map_or_else(|| text.to_owned(), |at| between(at, now()))
 }
 
+/// How long ago a moment was, in seconds since 1970.
+pub fn since(at: u64) -> String {
+    between(at, now())
+}
+
 /// A moment with its date: `2026-11-21 23:32:57 (3 min ago)`.
 pub fn date(text: &str) -> String {
     seconds(text).map_or_else(|| text.to_owned(), |at| format!("{} UTC ({})", utc(at), between(at, now())))

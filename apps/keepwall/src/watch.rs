@@ -1,21 +1,25 @@
 //! What goes on: status, counters, flows, traces.
 
-use keepwall_link::{Drift, Event, Flow, Request, Response, TraceFilter};
+use keepwall_link::{Drift, Event, FleetState, Flow, Request, Response, Status, TraceFilter};
 use keepwall_secgroup::intent::Intent;
 use keepwall_secgroup::spec::Direction;
+use keepwall_uplink::contact::{Contact, Noted};
 
 use crate::Context;
 use crate::agent::unexpected;
 use crate::cli::{self, VerdictFilter};
+use crate::enroll::Standing;
 use crate::failure::Failure;
 use crate::plan::{foreign, say_foreign, say_rule};
-use crate::ui;
+use crate::{time, ui};
 
 pub fn status(context: &Context) -> Result<u8, Failure> {
     let status = crate::plan::status(context)?;
     let foreign = foreign(context);
+    let fleet = crate::enroll::fleet(context)?;
+    let standing = fleet.as_ref().and_then(|fleet| crate::enroll::contact(context, fleet));
     if context.global.json {
-        ui::json(&serde_json::json!({ "status": status, "dropped_by_others": foreign }));
+        ui::json(&serde_json::json!({ "status": status, "contact": standing, "dropped_by_others": foreign }));
         return Ok(0);
     }
     let mode = match status.mode.as_str() {
@@ -28,8 +32,11 @@ pub fn status(context: &Context) -> Result<u8, Failure> {
         "{mode}{instance}  {}",
         ui::dim(&format!("agent {} (process {}), up {} s", status.version, status.pid, status.uptime_s))
     ));
-    if let Some(server) = &status.server {
-        ui::out(format!("  in the fleet of {server}, which decides what is enforced here"));
+    if let Some(fleet) = &fleet {
+        ui::out(format!("  in the fleet of {}, which decides what is enforced here", fleet.server));
+    }
+    if let Some(standing) = &standing {
+        ui::out(format!("  {}", say_standing(standing)));
     }
     if let Some(pending) = &status.pending {
         ui::out(format!(
@@ -40,14 +47,25 @@ pub fn status(context: &Context) -> Result<u8, Failure> {
         ));
     }
     if status.generation.0 > 0 {
-        let confirmed = status.confirmed.map_or("nothing yet".to_owned(), |g| g.to_string());
-        ui::out(format!("  in force: {}; a restart comes back to: {confirmed}", status.generation));
-        say_drift(&status.drift);
+        ui::out(format!("  in force: {}", in_force(&status, fleet.as_ref())));
+        if status.mode == "enforcing" && status.attachments.is_empty() {
+            ui::out(format!(
+                "  {} no security group covers an interface of this machine: all of it is open",
+                ui::yellow("!")
+            ));
+            if let (Some(_), Some(instance)) = (&fleet, &status.instance) {
+                ui::out(format!(
+                    "    at the server: keepwall instance label {instance} KEY=VALUE, as a group's `members` say"
+                ));
+            }
+        } else {
+            say_drift(&status.drift);
+        }
         if status.repairs > 0 {
             ui::out(format!(
-                "  {} others changed our table {} times; it was repaired each time",
+                "  {} our table was changed {} since the agent started, and repaired each time",
                 ui::yellow("!"),
-                status.repairs
+                if status.repairs == 1 { "once".to_owned() } else { format!("{} times", status.repairs) }
             ));
         }
     }
@@ -72,6 +90,46 @@ pub fn status(context: &Context) -> Result<u8, Failure> {
     }
     say_foreign(&foreign);
     Ok(0)
+}
+
+fn say_standing(standing: &Standing) -> String {
+    let (warn, since) = (ui::yellow("!"), |noted: &Noted| time::since(noted.since_s));
+    match standing {
+        Standing::NoUplink => {
+            format!(
+                "{warn} no contact, the uplink does not run: systemctl start keepwall-uplink, or keepwall down and up"
+            )
+        }
+        Standing::Dialling => format!("{warn} no contact yet"),
+        Standing::Known(noted) => match &noted.contact {
+            Contact::Made => format!("{} in contact; connected {}", ui::green("✓"), since(noted)),
+            Contact::Lost { why } => {
+                let why = keepwall_sensors::processes::clean(why.as_bytes());
+                format!("{warn} no contact, lost {}: {why}; what is in force stays", since(noted))
+            }
+            Contact::Revoked => format!(
+                "{} no contact: it was removed there, or its certificate was revoked ({}). To let it in again: \
+                 keepwall leave, then a new token",
+                ui::red("✗"),
+                since(noted)
+            ),
+        },
+    }
+}
+
+/// Which state is in force, by the fleet's number if it is a fleet's, and what a restart comes back to.
+fn in_force(status: &Status, fleet: Option<&FleetState>) -> String {
+    let held = fleet.map_or(0, |fleet| fleet.held.generation);
+    match status.confirmed {
+        Some(confirmed) if confirmed == status.generation && held > 0 => {
+            format!("generation {held} of the fleet; a restart comes back to it")
+        }
+        Some(confirmed) if confirmed == status.generation => {
+            format!("{}; a restart comes back to it", status.generation)
+        }
+        Some(confirmed) => format!("{}; a restart comes back to: {confirmed}", status.generation),
+        None => format!("{}; a restart comes back to: nothing yet", status.generation),
+    }
 }
 
 fn say_drift(drift: &Drift) {

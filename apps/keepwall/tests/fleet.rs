@@ -145,7 +145,8 @@ async fn a_posture_is_planned_applied_changed_and_brought_back() {
     assert!(s.good(&["status"]).await.contains("nothing is declared yet"));
     let said = s.good(&["plan"]).await;
     assert!(said.contains("fleet.yaml is new") && said.contains("db-0, web-0, web-1, web-2"), "{said}");
-    assert!(said.contains("opens") && said.contains("4 machines change; 2 policy tests pass"), "{said}");
+    assert!(said.contains("now: nothing is enforced") && !said.contains("opens"), "all was open before: {said}");
+    assert!(said.contains("4 machines change; 2 policy tests pass"), "{said}");
     assert_eq!(s.root(&["plan", "--detailed-exitcode"]).await.status.code(), Some(2));
     let refused = s.root(&["apply"]).await;
     assert!(!refused.status.success() && words(&refused).contains("--yes"), "{}", words(&refused));
@@ -185,7 +186,8 @@ async fn a_posture_is_planned_applied_changed_and_brought_back() {
     s.good(&["posture", "pull", &to, "--revision", &revisions[2]]).await;
     assert!(std::fs::read_to_string(s.path("fetched/fleet.yaml")).unwrap().contains("8443"));
     assert!(words(&s.root(&["posture", "pull", &to]).await).contains("is not empty"));
-    assert!(s.good(&["posture", "return", &revisions[2], "--yes"]).await.contains("Done: 3 machines"));
+    let said = s.good(&["posture", "return", &revisions[2], "--yes"]).await;
+    assert!(said.contains("+ opens") && said.contains("Done: 3 machines"), "{said}");
     assert!(s.good(&["reach", "--to", "web-1"]).await.contains("8443"));
     assert!(s.good(&["status"]).await.contains("4 machines: 4 enrolled, 4 connected, 4 in sync."));
     assert!(s.good(&["audit", "list"]).await.contains("local:root"));

@@ -14,19 +14,22 @@ const HELP: &str = "\
 keepwalld is Keepwall's control plane: API, store, controller.
 
 Usage:
-  keepwalld run     [--config FILE]
-  keepwalld check   [--config FILE]
-  keepwalld backup  [--config FILE] TO
-  keepwalld restore [--config FILE] FROM
-  keepwalld verify  [--config FILE]
+  keepwalld run       [--config FILE]
+  keepwalld check     [--config FILE]
+  keepwalld authority [--config FILE]
+  keepwalld backup    [--config FILE] TO
+  keepwalld restore   [--config FILE] FROM
+  keepwalld verify    [--config FILE]
 
-  run      Serve until told to stop (SIGTERM).
-  check    Read the configuration and say what is wrong with it.
-  backup   Copy the SQLite store to the new file TO; a running server may go on.
-           For PostgreSQL use its own tools (pg_dump, pg_basebackup).
-  restore  Put the SQLite store of FROM in place; the present one is kept beside it.
-           The server must not run.
-  verify   Read the audit log from its first line and check the chain.
+  run        Serve until told to stop (SIGTERM).
+  check      Read the configuration and say what is wrong with it.
+  authority  Print the SHA-256 of the fleet's own authority, which people elsewhere
+             give as `keepwall context add … --ca-sha256`; a running server may go on.
+  backup     Copy the SQLite store to the new file TO; a running server may go on.
+             For PostgreSQL use its own tools (pg_dump, pg_basebackup).
+  restore    Put the SQLite store of FROM in place; the present one is kept beside it.
+             The server must not run.
+  verify     Read the audit log from its first line and check the chain.
 
 Options:
   --config FILE  [default: /etc/keepwall/server.toml; without that file, defaults]
@@ -87,7 +90,7 @@ fn main() -> ExitCode {
             say(concat!("keepwalld ", env!("CARGO_PKG_VERSION")));
             return ExitCode::SUCCESS;
         }
-        "run" | "check" | "backup" | "restore" | "verify" => {}
+        "run" | "check" | "authority" | "backup" | "restore" | "verify" => {}
         other => {
             complain(&format!("there is no command `{other}`; see keepwalld --help"));
             return ExitCode::from(2);
@@ -111,6 +114,7 @@ fn perform(arguments: &Arguments, config: &Config) -> Result<ExitCode, String> {
         "run" => runtime()?.block_on(run(config))?,
         "backup" => backup(config, path()?)?,
         "restore" => restore(config, path()?)?,
+        "authority" => say(&runtime()?.block_on(authority(config))?),
         _ => return runtime()?.block_on(verify(config)),
     }
     Ok(ExitCode::SUCCESS)
@@ -174,6 +178,33 @@ fn restore(config: &Config, from: &Path) -> Result<(), String> {
     Ok(())
 }
 
+/// What a person elsewhere trusts this server by. Where the server never ran there is no authority, and none is made.
+async fn authority(config: &Config) -> Result<String, String> {
+    let key = config.store.seal_key.clone().unwrap_or_else(|| config.state.join("seal.key"));
+    if !key.try_exists().map_err(|error| format!("{}: {error}", key.display()))? {
+        return Err(format!("{} is not there: start the server once, it makes its authority then", key.display()));
+    }
+    let seal = seal(config)?;
+    // A store in a file is its server's alone while that runs; of a copy one may ask.
+    let aside = Config { state: config.state.join(format!("authority.{}", std::process::id())), ..config.clone() };
+    let in_a_file = config.store.postgres.is_none();
+    if in_a_file {
+        state_directory(&aside.state)?;
+    }
+    let load = async {
+        if in_a_file {
+            keepwall_store::sqlite::copy(&database(config), &database(&aside)).map_err(|error| error.to_string())?;
+        }
+        let store = keepwall_server::run::open_store(&aside, &seal).await?;
+        keepwall_server::ca::Authority::load(&store, &seal).await
+    };
+    let loaded = load.await;
+    if in_a_file {
+        let _ = std::fs::remove_dir_all(&aside.state);
+    }
+    Ok(keepwall_core::hex(&loaded?.digest()))
+}
+
 async fn verify(config: &Config) -> Result<ExitCode, String> {
     let seal = seal(config)?;
     let store = keepwall_server::run::open_store(config, &seal).await?;
@@ -189,5 +220,30 @@ async fn verify(config: &Config) -> Result<ExitCode, String> {
             complain(&format!("the audit log was tampered with at line {}: {}", broken.number, broken.why));
             Ok(ExitCode::from(3))
         }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_authority_of_a_running_server_is_told_and_none_is_made() {
+        let state = std::env::temp_dir().join(format!("keepwalld-authority-{}", std::process::id()));
+        let _ = std::fs::remove_dir_all(&state);
+        let any = "listen = \"127.0.0.1:0\"";
+        let text = format!("state = {state:?}\n[api]\n{any}\nsocket = \"\"\n[agents]\n{any}\n[metrics]\n{any}\n");
+        let config = Config::parse(&text).unwrap();
+        let runtime = runtime().unwrap();
+        let why = runtime.block_on(authority(&config)).unwrap_err();
+        assert!(why.contains("start the server once") && !state.exists(), "{why}");
+        let running = runtime.block_on(Running::start(&config)).unwrap();
+        let told = runtime.block_on(authority(&config)).unwrap();
+        assert_eq!(told, keepwall_core::hex(&running.fleet.authority().digest()));
+        let left = std::fs::read_dir(&state).unwrap().flatten().any(|entry| entry.path().is_dir());
+        assert!(!left, "the copy is gone");
+        runtime.block_on(running.stop());
+        std::fs::remove_dir_all(state).unwrap();
     }
 }

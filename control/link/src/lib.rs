@@ -382,7 +382,7 @@ pub struct Flow {
     pub destination_port: u16,
     /// The deciding rule's label, or why there is none.
     pub rule: String,
-    /// Where that rule was written.
+    /// Where that rule was written; empty if that is known at a fleet's server only.
     pub place: String,
 }
 

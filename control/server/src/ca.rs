@@ -132,11 +132,20 @@ impl Authority {
         digest(&self.certificate)
     }
 
-    /// Signs the key of a certificate request for an instance; nothing else of the request counts.
+    /// Signs the key of a certificate request for an instance, for [`INSTANCE_LIFE`]; nothing else of the request
+    /// counts.
     ///
     /// # Errors
     /// The request is none, or is not signed by its own key.
     pub fn issue(&self, instance: &str, request: &[u8]) -> Result<Issued, String> {
+        self.issue_for(instance, request, INSTANCE_LIFE)
+    }
+
+    /// As [`Authority::issue`], for so long.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn issue_for(&self, instance: &str, request: &[u8], holds: Duration) -> Result<Issued, String> {
         let der = CertificateSigningRequestDer::from(request);
         let mut request = CertificateSigningRequestParams::from_der(&der)
             .map_err(|error| format!("not a certificate request: {error}"))?;
@@ -144,7 +153,7 @@ impl Authority {
         params.distinguished_name = named(instance);
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
-        life(&mut params, INSTANCE_LIFE);
+        life(&mut params, holds);
         let until_ms = u64::try_from(params.not_after.unix_timestamp()).unwrap_or(0) * 1_000;
         request.params = params;
         let signed: Certificate = request.signed_by(&self.issuer).map_err(|error| error.to_string())?;

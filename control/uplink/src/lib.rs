@@ -9,6 +9,7 @@
 //!
 //! What it is told, it hands to a [`Machine`]; it decides about order and proof of contact, and about nothing else.
 
+pub mod contact;
 pub mod dial;
 pub mod enroll;
 pub mod identity;

@@ -6,6 +6,8 @@ use keepwall_fleet::bundle::Bundle;
 use keepwall_fleet::sync::State;
 use keepwall_wire::Status;
 
+use crate::contact::Contact;
+
 /// What is in force on the machine.
 #[derive(Clone, Debug)]
 pub struct InForce {
@@ -48,4 +50,9 @@ pub trait Machine: Send + Sync + 'static {
     fn rows(&self, max: usize) -> impl Future<Output = keepwall_wire::Report> + Send;
     /// Rows up to this one are kept by the server.
     fn kept(&self, through: u64) -> impl Future<Output = ()> + Send;
+    /// How it stands with the server from now on. Whoever does not keep that need not.
+    fn contact(&self, contact: Contact) -> impl Future<Output = ()> + Send {
+        drop(contact);
+        async {}
+    }
 }

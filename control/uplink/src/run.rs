@@ -18,6 +18,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 
+use crate::contact::Contact;
 use crate::dial::Route;
 use crate::identity::{Identity, Request};
 use crate::machine::{Applied, Machine};
@@ -169,6 +170,7 @@ impl<M: Machine> Uplink<M> {
                 Cut::Stopped => return Ended::Stopped,
                 Cut::Goodbye(reason, after) => {
                     if reason == "revoked" {
+                        self.machine.contact(Contact::Revoked).await;
                         tracing::warn!(
                             "the server no longer takes this machine's certificate: it was removed or revoked. What is \
                              enforced stays. Make a token for its name and run `keepwall enroll` with it, or run \
@@ -184,6 +186,7 @@ impl<M: Machine> Uplink<M> {
                     failures = if welcomed { 0 } else { failures.saturating_add(1) };
                     short = if welcomed && began.elapsed() < SHORT && !polling { short + 1 } else { 0 };
                     tracing::warn!(why, failures, "no contact with the server; what is enforced stays");
+                    self.machine.contact(Contact::Lost { why }).await;
                     if short >= SHORT_MAX {
                         tracing::warn!("streams are cut on the way again and again: polling for ten minutes");
                         polling_until = Some(Instant::now() + POLLING);
@@ -255,6 +258,7 @@ impl<M: Machine> Uplink<M> {
             Err(_) => return lost("the server does not answer a hello".into()),
         }
         tracing::info!(server = self.route.server, "connected");
+        self.machine.contact(Contact::Made).await;
         self.converse(&mut tls, &mut inbox, &mut held, stop).await
     }
 
@@ -467,6 +471,7 @@ impl<M: Machine> Uplink<M> {
         for said in frames.into_iter().filter_map(|frame| frame.say) {
             if let from_server::Say::Welcome(welcome) = &said {
                 self.spread = Duration::from_millis(u64::from(welcome.spread_ms.clamp(100, 600_000)));
+                self.machine.contact(Contact::Made).await;
             }
             // What becomes of an offer, the next poll's hello says.
             match self.take(said, &mut held).await {
@@ -576,7 +581,11 @@ impl Inbox {
     async fn frame<S: AsyncRead + Unpin>(&mut self, tls: &mut S) -> Result<FromServer, String> {
         /// Memory for a frame grows with what arrives, in steps of this.
         const STEP: usize = 64 * 1024;
-        let broke = |error: std::io::Error| format!("the connection broke: {error}");
+        let broke = |error: std::io::Error| match error.kind() {
+            // A server that is killed says no farewell; the TLS library's words for that are for programmers.
+            std::io::ErrorKind::UnexpectedEof => "the connection ended".to_owned(),
+            _ => format!("the connection broke: {error}"),
+        };
         while self.head_got < HEAD {
             match tls.read(&mut self.head[self.head_got..]).await.map_err(broke)? {
                 0 => return Err("the connection ended".into()),

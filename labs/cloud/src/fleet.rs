@@ -439,7 +439,7 @@ impl Drill<'_> {
         })?;
         self.line("keepwall instance revoke db1", "its connection ends at once", refused.is_some(), words(&seen));
         let again = control::dials_again(self.programs, "db1", &self.used)?;
-        self.line("start its uplink anew", "it is refused", again.ends_with("reason=\"revoked\""), words(&again));
+        self.line("start its uplink anew", "it is refused", again.contains("removed or revoked"), words(&again));
         self.keepwall(&["instance", "label", "bastion", "duty-"])?.success()?;
         self.packets_within(
             "take the bastion's label `duty` away",

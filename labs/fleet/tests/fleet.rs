@@ -6,18 +6,20 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use keepwall_api::fleet::{
     InstanceChange, Labels, OnFailure, PostureChange, PostureFile, RolloutPolicy, RolloutState, TokenSpec, WaveSpec,
 };
 use keepwall_fleet_lab::swarm::{Member, Swarm, enrol, facts};
 use keepwall_fleet_lab::{Log, Scratch, config};
-use keepwall_server::fleet::{Act, Fleet, FleetError};
+use keepwall_server::fleet::{Act, Admission, Enroll, EnrollInterface, Fleet, FleetError};
 use keepwall_server::run::Running;
-use keepwall_store::Expect;
-use keepwall_uplink::Pace;
+use keepwall_store::{Commit, Expect, Op};
 use keepwall_uplink::enroll::enroll;
 use keepwall_uplink::identity::Request;
 use keepwall_uplink::token::Token;
+use keepwall_uplink::{Identity, Pace, Uplink};
 
 const POSTURE: &str = "\
 version: 1
@@ -224,6 +226,130 @@ async fn tokens_let_in_once_and_certificates_open_what_is_theirs() {
     let told = |what: &str| lines.iter().filter(|l| l.entry.contains(what)).count();
     assert!(told("refuse enrolment") >= 4 && told("revoked certificate") >= 1, "{lines:#?}");
     assert!(!lines.iter().any(|l| l.entry.contains(&token.secret)), "a secret in the audit log");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_machine_that_asks_twice_at_once_is_not_told_that_its_token_is_used_up() {
+    let s = story("twice").await;
+    // Few: refusals are counted for all servers of a process, and the audit log takes 120 a minute.
+    for n in 0..8 {
+        let token = token(s.fleet(), "web", 1).await;
+        let ask = Enroll {
+            token: token.secret,
+            request: STANDARD.encode(Request::new().unwrap().der().unwrap()),
+            hostname: format!("web-{n}"),
+            interfaces: vec![EnrollInterface { device: "eth0".into(), addresses: Vec::new() }],
+            version: String::new(),
+        };
+        let all = (0..4).map(|_| {
+            let (fleet, ask) = (Arc::clone(s.fleet()), ask.clone());
+            tokio::spawn(async move { fleet.enroll(&ask, "192.0.2.1").await })
+        });
+        let mut came = 0;
+        for one in all.collect::<Vec<_>>() {
+            match one.await.unwrap() {
+                Ok(_) => came += 1,
+                Err(Admission::Later(_)) => {}
+                Err(refused) => panic!("{refused:?}"),
+            }
+        }
+        assert!(came > 0);
+        let view = s.fleet().tokens(None, 100).await.unwrap();
+        assert!(view.iter().all(|token| token.used_by.len() == 1), "{view:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn neither_a_spent_token_nor_a_name_brings_back_what_was_revoked() {
+    let s = story("spent").await;
+    let fleet = s.fleet();
+    let (spent, request) = (token(fleet, "db", 1).await, Request::new().unwrap());
+    enroll(&spent, &facts("db-1", 1), &request, None, None).await.unwrap();
+    // It asks again after somebody changed its labels: they stay.
+    let change = InstanceChange { labels: Some(labels("web")), interfaces: None };
+    fleet.change_instance("db-1", change, Expect::Any, &act()).await.unwrap();
+    enroll(&spent, &facts("db-1", 1), &request, None, None).await.unwrap();
+    assert_eq!(fleet.instance("db-1").await.unwrap().labels, labels("web"));
+    fleet.revoke("db-1", &act()).await.unwrap();
+    let again = enroll(&spent, &facts("db-1", 1), &request, None, None).await.unwrap_err();
+    assert!(again.contains("does not let anybody in"), "{again}");
+    // A stranger with a token without labels calls itself so: it gets the name, and none of what it stood for.
+    let general = fleet.make_token(TokenSpec::default(), &act()).await.unwrap().token.parse().unwrap();
+    enroll(&general, &facts("db-1", 2), &Request::new().unwrap(), None, None).await.unwrap();
+    assert_eq!(fleet.instance("db-1").await.unwrap().labels, Labels::new());
+    // By a token for its name, a machine keeps its labels.
+    let change = InstanceChange { labels: Some(labels("db")), interfaces: None };
+    fleet.change_instance("db-1", change, Expect::Any, &act()).await.unwrap();
+    let named = TokenSpec { instance: Some("db-1".into()), ..TokenSpec::default() };
+    let named = fleet.make_token(named, &act()).await.unwrap().token.parse().unwrap();
+    enroll(&named, &facts("whatever", 3), &Request::new().unwrap(), None, None).await.unwrap();
+    assert_eq!(fleet.instance("db-1").await.unwrap().labels, labels("db"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_certificate_that_has_expired_opens_nothing_and_is_noted() {
+    let s = story("expired").await;
+    let web = s.members("web", 1, 2).await;
+    let noted = async |what: &str| {
+        let lines = s.fleet().store().audit(1, 1_000).await.unwrap();
+        lines.iter().any(|l| l.entry.contains(what))
+    };
+    // By its own date.
+    let (authority, request) = (s.fleet().authority(), Request::new().unwrap());
+    let issued = authority.issue_for("web-0", &request.der().unwrap(), Duration::ZERO).unwrap();
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let identity = web[0].identity.renewed(&issued.certificate, &request.key());
+    let old = Member { identity, machine: web[0].machine.clone() };
+    let swarm = Swarm::start(&[old], pace(), None).unwrap();
+    until("its date is noted", async || noted("its certificate does not hold").await).await;
+    assert_eq!(s.fleet().count().connected, 0);
+    swarm.stop().await;
+    // By the record alone: a resumed TLS session does not look at the date.
+    let found = s.fleet().store().get("instance", "web-1").await.unwrap().unwrap();
+    let mut record: serde_json::Value = found.read().unwrap();
+    record["certificates"][0]["until_ms"] = 1.into();
+    let ops = vec![Op::put("instance", "web-1", Expect::Revision(found.revision), &record)];
+    s.fleet().store().commit(Commit { ops, ..Commit::default() }).await.unwrap();
+    until("the server knows", async || !s.fleet().instance("web-1").await.unwrap().enrolled).await;
+    let swarm = Swarm::start(&web[1..], pace(), None).unwrap();
+    until("its end is noted", async || noted("expired certificate").await).await;
+    assert_eq!(s.fleet().count().connected, 0);
+    swarm.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_certificate_is_renewed_before_it_ends() {
+    const LIFE: Duration = Duration::from_secs(6);
+    let s = story("renew").await;
+    let web = s.members("web", 1, 1).await;
+    let request = Request::new().unwrap();
+    let issued = s.fleet().authority().issue_for("web-0", &request.der().unwrap(), LIFE).unwrap();
+    let ends = Instant::now() + LIFE;
+    let found = s.fleet().store().get("instance", "web-0").await.unwrap().unwrap();
+    let mut record: serde_json::Value = found.read().unwrap();
+    let digest = keepwall_server::ca::digest(&issued.certificate);
+    record["certificates"][0]["sha256"] = keepwall_core::hex(&digest).into();
+    let ops = vec![Op::put("instance", "web-0", Expect::Revision(found.revision), &record)];
+    s.fleet().store().commit(Commit { ops, ..Commit::default() }).await.unwrap();
+
+    let kept = Scratch::new("renew-identity").unwrap();
+    let short = web[0].identity.renewed(&issued.certificate, &request.key());
+    let uplink = Uplink::new(web[0].machine.clone(), short.clone(), Some(kept.path().to_owned()), pace()).unwrap();
+    let (stop, stopped) = tokio::sync::watch::channel(false);
+    let running = tokio::spawn(uplink.run(stopped));
+    until("the renewed certificate is kept", async || Identity::load(kept.path()).is_ok()).await;
+    assert!(Instant::now() < ends, "it was renewed too late");
+    stop.send(true).unwrap();
+    running.await.unwrap();
+    // With the old one nobody gets in any more; with the new one the machine does.
+    let renewed = Identity::load(kept.path()).unwrap();
+    assert!(renewed.life().unwrap().1 > short.life().unwrap().1);
+    tokio::time::sleep_until((ends + Duration::from_secs(2)).into()).await;
+    let swarm = Swarm::start(&[Member { identity: renewed, machine: web[0].machine.clone() }], pace(), None).unwrap();
+    s.connected(1).await;
+    swarm.stop().await;
+    let lines = s.fleet().store().audit(1, 1_000).await.unwrap();
+    assert!(lines.iter().any(|l| l.entry.contains("\"action\":\"renew\"")));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

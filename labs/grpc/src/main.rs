@@ -12,8 +12,9 @@
 //! acknowledges each push, as an instance must. It is written by hand over tonic, so that no compiler of protocol files
 //! is needed. One line of JSON comes out.
 //!
-//! It is a stand-in: nothing is enrolled, kept, compared or digested here. So it is measured at less work than the
-//! fleet's own server and instances do.
+//! Two kinds of pushes are measured. A *bare* one is 4 KiB that nobody looks into: less work than any fleet has. An
+//! *offer* is what the fleet's own streams carry, a change of two sets: each client reads it, applies it to what it
+//! holds, and compares digests, with the same code as an instance. On both, nothing is enrolled, kept or decided here.
 
 use std::convert::Infallible;
 use std::io::{BufRead as _, BufReader, Write as _};
@@ -25,6 +26,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use keepwall_core::Prefix;
+use keepwall_fleet::bundle::{Bundle, Set};
 use prost::bytes::Bytes;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use tokio::sync::{Semaphore, broadcast, mpsc};
@@ -65,6 +68,27 @@ const GIVEN: [&str; 4] = ["STAND_IN_CERTIFICATE", "STAND_IN_KEY", "STAND_IN_AUTH
 struct Message {
     #[prost(bytes = "bytes", tag = "1")]
     body: Bytes,
+    /// What the change leads to; empty in a bare push.
+    #[prost(bytes = "bytes", tag = "2")]
+    digest: Bytes,
+}
+
+/// What a client holds: two lists of 60, which offers replace, and a group of 5,000, which stays. `version` is even or
+/// odd.
+fn held(version: usize) -> Bundle {
+    let address = |text: String| text.parse::<Prefix>().expect("an address");
+    let list = |half: usize| (0..60).map(|n| address(format!("fd00:{}:{half}:{n:x}::/64", version % 2))).collect();
+    let group = (0..5_000).map(|n| address(format!("10.0.{}.{}", n / 250, n % 250))).collect();
+    let sets = [("group:web", group), ("prefix-list:one", list(1)), ("prefix-list:two", list(2))];
+    let sets = sets.into_iter().map(|(name, members)| (name.into(), Set::new(members))).collect();
+    Bundle::from_parts(b"{}".to_vec(), sets).expect("within limits")
+}
+
+/// The offer that leads to a version from the one before.
+fn offer(version: usize) -> Message {
+    let (before, after) = (held(version + 1), held(version));
+    let body = keepwall_wire::write_change(&before.change_to(&after));
+    Message { body, digest: Bytes::copy_from_slice(&after.digest()) }
 }
 
 /// Protobuf, with buffers of the size that was asked for.
@@ -186,7 +210,7 @@ impl Service<http::Request<Body>> for Pushes {
 /// Says its port, then obeys: `greeted` is answered with how many streams there are, `push` with `done`.
 fn server() -> Result<(), String> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(text)?;
-    let pushes = Pushes { to_all: broadcast::channel(ROUNDS * 2).0, greeted: Arc::default(), coding: coding() };
+    let pushes = Pushes { to_all: broadcast::channel(ROUNDS * 4).0, greeted: Arc::default(), coding: coding() };
     let tls = ServerTlsConfig::new()
         .identity(Identity::from_pem(given(0)?, given(1)?))
         .client_ca_root(Certificate::from_pem(given(2)?));
@@ -196,11 +220,18 @@ fn server() -> Result<(), String> {
     let serving = Server::builder().tls_config(tls).map_err(|e| whole(&e))?;
     runtime.spawn(serving.serve_with_incoming(pushes.clone(), incoming));
     let body = Bytes::from((0..PUSH).map(|n| u8::try_from(n * 31 % 251).unwrap_or(0)).collect::<Vec<u8>>());
+    let mut version = 0;
     for line in std::io::stdin().lines() {
         match line.map_err(text)?.as_str() {
             "greeted" => tell(pushes.greeted.load(Ordering::SeqCst))?,
             "push" => {
-                pushes.to_all.send(Message { body: body.clone() }).map_err(|_| "nobody is there")?;
+                let bare = Message { body: body.clone(), digest: Bytes::new() };
+                pushes.to_all.send(bare).map_err(|_| "nobody is there")?;
+                tell("done")?;
+            }
+            "offer" => {
+                version += 1;
+                pushes.to_all.send(offer(version)).map_err(|_| "nobody is there")?;
                 tell("done")?;
             }
             other => return Err(format!("`{other}` is not understood")),
@@ -228,9 +259,19 @@ async fn client(
     let path = http::uri::PathAndQuery::from_static(CALL);
     let mut pushed = grpc.streaming(request, path, coding).await.map_err(text)?.into_inner();
     drop(turn);
+    let mut bundle = held(0);
     while let Some(message) = pushed.message().await.map_err(text)? {
-        if message.body.len() != PUSH {
-            return Err(format!("{} bytes came", message.body.len()));
+        if message.digest.is_empty() {
+            if message.body.len() != PUSH {
+                return Err(format!("{} bytes came", message.body.len()));
+            }
+        } else {
+            let read = keepwall_wire::read_body(message.body, false).map_err(text)?;
+            let keepwall_wire::Body::Change(change) = read else { return Err("a whole bundle came".into()) };
+            bundle = bundle.changed(&change).map_err(text)?;
+            if bundle.digest() != message.digest[..] {
+                return Err("it leads elsewhere".into());
+            }
         }
         seen.lock().unwrap_or_else(PoisonError::into_inner).push(now_us());
         say.send(Message::default()).await.map_err(text)?;
@@ -371,13 +412,31 @@ fn measure(streams: usize, buffer: usize) -> Result<String, String> {
     until("all have said hello", || Ok((server.ask("greeted")? == streams.to_string()).then_some(())))?;
     std::thread::sleep(REST);
     let full_kib = server.resident_kib()?;
+    let mut medians = Vec::new();
+    for kind in ["push", "offer"] {
+        medians.push(pushes(kind, &mut server, &mut parts, each)?);
+    }
+    Ok(format!(
+        "{{\"kib_each\":{:.2},\"kib_grown\":{:.2},\"bare_p50_ms\":{:.1},\"bare_p99_ms\":{:.1},\"p50_ms\":{:.1},\
+         \"p99_ms\":{:.1}}}",
+        full_kib / streams as f64,
+        (full_kib - at_rest_kib) / streams as f64,
+        medians[0].0,
+        medians[0].1,
+        medians[1].0,
+        medians[1].1,
+    ))
+}
+
+/// Pushes of one kind to all: the medians of p50 and p99, from the first that had it, milliseconds.
+fn pushes(kind: &str, server: &mut Part, parts: &mut [Part], each: usize) -> Result<(f64, f64), String> {
     let (mut p50s, mut p99s) = (Vec::new(), Vec::new());
     for _ in 0..ROUNDS {
-        server.ask("push")?;
+        server.ask(kind)?;
         // Asking costs the swarms time, so they are left alone while pushes are on their way.
         std::thread::sleep(Duration::from_secs(3));
-        let mut spread = Vec::with_capacity(streams);
-        for part in &mut parts {
+        let mut spread = Vec::with_capacity(each * parts.len());
+        for part in &mut *parts {
             let times = until("all have what was pushed", || {
                 let told = part.ask("seen")?;
                 let times: Vec<u64> = told.split_whitespace().filter_map(|time| time.parse().ok()).collect();
@@ -391,13 +450,7 @@ fn measure(streams: usize, buffer: usize) -> Result<String, String> {
         p50s.push(percentile(&spread, 50));
         p99s.push(percentile(&spread, 99));
     }
-    Ok(format!(
-        "{{\"kib_each\":{:.2},\"kib_grown\":{:.2},\"p50_ms\":{:.1},\"p99_ms\":{:.1}}}",
-        full_kib / streams as f64,
-        (full_kib - at_rest_kib) / streams as f64,
-        median_ms(&mut p50s),
-        median_ms(&mut p99s)
-    ))
+    Ok((median_ms(&mut p50s), median_ms(&mut p99s)))
 }
 
 fn main() -> ExitCode {

@@ -200,6 +200,22 @@ fn drift_and_what_reverts_by_itself_are_told_once() {
         kinds(&agent),
         [row("drift", true, 2), row("drift", true, 4), row("warning", false, 1), row("reverted", false, 2)]
     );
-    assert!(fake.directory.join(CONTACT).exists(), "rows are asked for when there is contact");
     fake.asked();
+}
+
+#[test]
+fn how_it_stands_with_the_server_is_written_for_whoever_asks() {
+    let (fake, agent) = FakeAgent::start("contact", Vec::new());
+    let now = || Noted::read(&fake.directory).map(|noted| noted.contact);
+    assert_eq!(now(), None, "nobody knows yet");
+    wait(agent.contact(Contact::Made));
+    assert_eq!(now(), Some(Contact::Made));
+    let lost = Contact::Lost { why: "the connection ended".into() };
+    wait(agent.contact(lost.clone()));
+    assert_eq!(now(), Some(lost));
+    wait(agent.contact(Contact::Revoked));
+    assert_eq!(now(), Some(Contact::Revoked));
+    drop(agent);
+    Agent::new(Path::new("/nonexistent"), &fake.directory);
+    assert_eq!(now(), None, "a new process does not repeat what an older one knew");
 }

@@ -130,7 +130,7 @@ pub enum ContextCommand {
         /// PEM file with the authority that vouches for the server
         #[arg(long, value_name = "FILE", conflicts_with = "ca_sha256")]
         ca: Option<PathBuf>,
-        /// SHA-256 of the server's authority (its DER), as 64 hexadecimal digits
+        /// SHA-256 of the server's own authority: what `keepwalld authority` prints there
         #[arg(long, value_name = "HEX")]
         ca_sha256: Option<String>,
     },

@@ -22,10 +22,15 @@ fn machines(client: &Client, labels: Option<String>) -> Result<Vec<InstanceView>
     })?)
 }
 
+/// True if it did not take what it should have; one that has come to where it should be has not failed any more.
+fn failed(one: &InstanceView) -> bool {
+    !one.status.failure.is_empty() && !one.status.in_sync
+}
+
 /// What a machine needs from a person, if anything.
 fn trouble(one: &InstanceView) -> Option<String> {
     let status = &one.status;
-    if !status.failure.is_empty() {
+    if failed(one) {
         return Some(ui::red(&clean(&status.failure)));
     }
     if !status.drift.is_empty() {
@@ -91,7 +96,7 @@ pub fn status(context: &Context, server: &Server) -> Result<u8, Failure> {
     let enrolled = sum(&|one| one.enrolled);
     let connected = sum(&|one| one.status.connected);
     let in_sync = sum(&|one| one.enrolled && one.status.in_sync);
-    let failed = sum(&|one| !one.status.failure.is_empty());
+    let failed = sum(&failed);
     let drifting = sum(&|one| !one.status.drift.is_empty());
     if context.global.json {
         ui::json(&serde_json::json!({
@@ -207,10 +212,11 @@ pub fn run(context: &Context, server: &Server, command: &Instance) -> Result<u8,
                 return Ok(1);
             }
             client.delete_instance(&one.name, None)?;
+            let code = done(json, &format!("{} is removed; its certificate is worth nothing any more", one.name))?;
             if !json {
                 ui::say(format!("On {} itself, `keepwall leave` makes it its own again.", one.name));
             }
-            done(json, &format!("{} is removed; its certificate is worth nothing any more", one.name))
+            Ok(code)
         }
         Instance::Revoke(one) => {
             let question = format!("Revoke the certificate of {}? It is cut off until it enrols again.", one.name);
@@ -219,13 +225,15 @@ pub fn run(context: &Context, server: &Server, command: &Instance) -> Result<u8,
             }
             let found = client.get_instance(&one.name)?;
             client.revoke_instance(&one.name)?;
+            let told = format!("the certificate of {} is worth nothing any more; it keeps what it enforces", one.name);
+            let code = done(json, &told)?;
             if !json {
                 // A machine has the labels of the token that it came by last.
                 let with: String = found.labels.iter().map(|(key, value)| format!(" --label {key}={value}")).collect();
                 ui::say(format!("To let it in again: keepwall token create --instance {}{with}", one.name));
                 ui::say("and on the machine: keepwall leave, then what that prints.");
             }
-            done(json, &format!("the certificate of {} is worth nothing any more; it keeps what it enforces", one.name))
+            Ok(code)
         }
         Instance::Intent { name } => {
             ui::json(&client.get_intent(name)?);

@@ -28,7 +28,7 @@ pub fn reach(context: &Context, server: &Server, args: &cli::Reach) -> Result<u8
     let rows: Vec<Vec<String>> =
         rows.into_iter().map(|row| vec![row.from, "→".into(), row.to, row.on.join(", ")]).collect();
     ui::table(&["From", "", "To", "On"], &rows);
-    ui::out(ui::dim("(part): only some of those addresses. What is not listed is denied."));
+    ui::out(ui::dim(crate::explain::legend(&rows)));
     Ok(0)
 }
 

@@ -203,11 +203,12 @@ impl Planned {
                 _ => {}
             }
         }
-        show_effect(&self.report);
+        show_effect(&self.report, self.before.revision == 0);
     }
 }
 
-fn show_effect(report: &Report) {
+/// What a change does. Before the first posture everything is open: what that lets through is no change that opens it.
+fn show_effect(report: &Report, first: bool) {
     if !report.changed.is_empty() {
         ui::out("");
         ui::out(ui::bold("Machines that change"));
@@ -215,14 +216,22 @@ fn show_effect(report: &Report) {
     }
     if !report.reach.is_empty() {
         ui::out("");
-        ui::out(ui::bold("Who can reach what"));
+        ui::out(ui::bold(if first {
+            "Who can reach what, once this is applied (now: nothing is enforced)"
+        } else {
+            "Who can reach what"
+        }));
         let rows: Vec<Vec<String>> = (report.reach.iter().take(SHOWN_MAX))
             .map(|change| {
-                let sign = if change.opens { ui::green("+ opens ") } else { ui::red("- closes") };
+                let sign = match (first, change.opens) {
+                    (true, _) => String::new(),
+                    (false, true) => ui::green("+ opens "),
+                    (false, false) => ui::red("- closes"),
+                };
                 vec![format!("  {sign}"), change.from.clone(), "→".into(), change.to.clone(), change.on.clone()]
             })
             .collect();
-        ui::table(&["  Change", "From", "", "To", "On"], &rows);
+        ui::table(&[if first { "" } else { "  Change" }, "From", "", "To", "On"], &rows);
         more(report.reach.len());
     }
 }
@@ -365,7 +374,7 @@ pub fn run(context: &Context, server: &Server, command: &cli::Posture) -> Result
                     server.label(),
                     before.revision
                 ));
-                show_effect(&report);
+                show_effect(&report, false);
                 ui::out("");
             }
             must_hold(&files, &report)?;

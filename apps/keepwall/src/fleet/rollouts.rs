@@ -252,13 +252,11 @@ fn draw(terminal: bool, before: usize, lines: &[String], view: &RolloutView) {
         ui::say(format!("{up}{}", lines.join("\n")));
     } else {
         let open = view.waves.iter().filter(|wave| wave.open).count();
-        ui::say(format!(
-            "wave {open} of {}: {}/{} machines; {}",
-            view.waves.len(),
-            applied(view),
-            total(view),
-            clean(&view.detail)
-        ));
+        let waves = match open {
+            0 => count(view.waves.len() as u64, "wave"),
+            _ => format!("wave {open} of {}", view.waves.len()),
+        };
+        ui::say(format!("{waves}: {}/{} machines; {}", applied(view), total(view), clean(&view.detail)));
     }
 }
 

@@ -184,27 +184,23 @@ impl Tls {
                 Ok(ConnectionState::BlockedHandshake) => over = true,
                 // Early data is not offered.
                 Ok(other) => return Err(broken(format!("{other:?}"))),
-                // Once more with nothing new, for the alert that tells the other side.
-                Err(error) => match failed.replace(error) {
-                    None => {
-                        (self.incoming, then) = (Vec::new(), None);
-                        continue;
-                    }
-                    Some(first) => return Err(broken(first)),
-                },
+                Err(error) => (failed, then) = (Some(error), None),
             }
             self.incoming.drain(..discard);
-            if over {
-                break;
+            match failed.take() {
+                // Once more, for the alert that tells the other side; what came stays where rustls has seen it.
+                Some(error) if self.connection.wants_write() => failed = Some(error),
+                Some(error) => return Err(broken(error)),
+                None if over => break,
+                None => {}
             }
         }
         if self.incoming.is_empty() {
             self.incoming = Vec::new();
         }
-        match (failed, then) {
-            (Some(error), _) => Err(broken(error)),
-            (None, Some(Then::Send(_))) => Err(ErrorKind::BrokenPipe.into()),
-            (None, _) => Ok(()),
+        match then {
+            Some(Then::Send(_)) => Err(ErrorKind::BrokenPipe.into()),
+            _ => Ok(()),
         }
     }
 
@@ -399,6 +395,27 @@ mod tests {
         let mut alert = Vec::new();
         ours.read_to_end(&mut alert).await.unwrap();
         assert_eq!(alert.first(), Some(&21), "an alert: {alert:?}");
+    }
+
+    #[tokio::test]
+    async fn messages_after_a_wrong_one_change_nothing_about_the_answer() {
+        // A handshake message that cannot come first, and one more, whole or begun: in one record, or in two.
+        for bytes in [
+            &[22, 3, 3, 0, 8, 11, 0, 0, 0, 11, 0, 0, 0][..],
+            &[22, 3, 3, 0, 6, 11, 0, 0, 0, 11, 0],
+            &[22, 3, 3, 0, 4, 11, 0, 0, 0, 22, 3, 3, 0, 4, 11, 0, 0, 0],
+            &[22, 3, 3, 0, 2, 11, 0, 23, 3, 3, 0, 1, 0],
+        ] {
+            let (server, _) = configs();
+            let (theirs, mut ours) = pair().await;
+            let accepted = tokio::spawn(Tls::accept(theirs, server));
+            ours.write_all(bytes).await.unwrap();
+            let error = accepted.await.unwrap().map(|_| ()).unwrap_err();
+            assert!(error.get_ref().is_some_and(|inner| inner.is::<rustls::Error>()), "{error}");
+            let mut alert = Vec::new();
+            ours.read_to_end(&mut alert).await.unwrap();
+            assert!(alert.first().is_none_or(|kind| *kind == 21), "an alert: {alert:?}");
+        }
     }
 
     #[tokio::test]

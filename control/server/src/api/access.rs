@@ -47,6 +47,15 @@ fn bindings(bodies: Vec<BindingBody>) -> Vec<Binding> {
     bodies.into_iter().map(Binding::from).collect()
 }
 
+/// Characters of a name that the audit log keeps of a login that failed.
+const TRIED_CHARS_MAX: usize = 64;
+
+/// The name that a login is tried with: for the audit log, where a stranger's text is not to look like anything else.
+pub(super) fn tried(call: &Call) -> Option<String> {
+    let login: Login = (call.op.id == "login").then(|| call.body().ok())??;
+    Some(login.user.chars().take(TRIED_CHARS_MAX).flat_map(char::escape_default).collect())
+}
+
 pub(super) async fn login(call: Call) -> Result<Answer, Problem> {
     let body: Login = call.body()?;
     let code = body.code.as_ref().map(|code| code.0.as_str());

@@ -101,14 +101,17 @@ impl App {
         }
     }
 
-    /// Notes in the audit log that something was refused, within the bounds of a minute: a stranger must not be able
-    /// to fill the disk.
-    async fn denied(&self, act: &Act, what: &str, target: &str, problem: &Problem) {
+    /// Notes in the audit log that something was refused, and the name that was tried if it was a login; within the
+    /// bounds of a minute: a stranger must not be able to fill the disk.
+    async fn denied(&self, act: &Act, what: &str, target: &str, problem: &Problem, tried: Option<String>) {
         let (noted, left_out) = self.denials.take(self.auth.now_ms(), self.settings.denials_per_minute);
         if !noted {
             return;
         }
         let mut after = json!({ "code": problem.code, "detail": problem.detail });
+        if let Some(user) = tried {
+            after["user"] = json!(user);
+        }
         if left_out > 0 {
             after["left_out_before"] = json!(left_out);
         }
@@ -423,11 +426,11 @@ async fn answer(
     {
         let detail = format!("{} {}: {why}", resource.as_str(), action.as_str());
         let problem = problem::FORBIDDEN.because(detail);
-        app.denied(&act, op.id, &what, &problem).await;
+        app.denied(&act, op.id, &what, &problem, None).await;
         return Err(problem);
     }
     let call = Call::read(app, op, who, act, params, &parts, body).await?;
-    let attempt = call.clone_for_audit();
+    let (attempt, tried) = (call.clone_for_audit(), access::tried(&call));
     if let Some(remember) = &call.act.remember {
         let before = app.store.remembered(&remember.scope, &remember.key, &remember.digest).await;
         if let Some(answer) = before.map_err(problems::store)? {
@@ -447,7 +450,7 @@ async fn answer(
         return call.again(&answer).await;
     }
     if problem.code == problem::FORBIDDEN.code || problem.code == problem::LOGIN_FAILED.code {
-        app.denied(&attempt, op.id, &what, &problem).await;
+        app.denied(&attempt, op.id, &what, &problem, tried).await;
     }
     Err(problem)
 }
@@ -481,7 +484,7 @@ async fn authenticate(
         return Ok(who);
     }
     let problem = problem::UNAUTHENTICATED.because("the credentials are none, or have expired or been taken back");
-    app.denied(act, op.id, what, &problem).await;
+    app.denied(act, op.id, what, &problem, None).await;
     Err(problem)
 }
 

@@ -506,6 +506,20 @@ async fn refusals_are_in_the_audit_log_but_cannot_fill_it() {
 }
 
 #[tokio::test]
+async fn a_login_that_fails_is_noted_with_the_name_that_was_tried() {
+    let bench = Bench::new().await;
+    for user in ["alice", "\u{1b}[2J\u{202e}", &"x".repeat(300)] {
+        let body = json!({ "user": user, "password": "a secret that is wrong" });
+        assert_eq!(bench.send(ask("POST", "/session").json(&body)).await.status, 401);
+    }
+    let lines = bench.audit().await;
+    let noted = |n: usize| lines[lines.len() - 3 + n]["entry"]["after"]["user"].as_str().unwrap().to_owned();
+    assert_eq!([noted(0), noted(1)], ["alice", "\\u{1b}[2J\\u{202e}"]);
+    assert_eq!(noted(2), "x".repeat(64));
+    assert!(!json!(lines).to_string().contains("a secret"), "a password in the audit log");
+}
+
+#[tokio::test]
 async fn a_scope_narrows_what_is_seen_and_changed() {
     let bench = Bench::new().await;
     assert_eq!(bench.declare(POSTURE).await.status, 202);

@@ -1,6 +1,7 @@
 //! The posture: what it would mean, declaring it, its history.
 
 use std::collections::{BTreeSet, HashMap};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use keepwall_api::fleet::{
@@ -10,7 +11,8 @@ use keepwall_api::fleet::{
 use keepwall_fleet::rollout::{Candidate, Pace, Phase, Rollout, Take, waves};
 use keepwall_fleet::world::{World, representatives};
 use keepwall_secgroup::check::Checked;
-use keepwall_secgroup::spec::Instance;
+use keepwall_secgroup::evaluate::{Packet, evaluate};
+use keepwall_secgroup::spec::{Direction, Instance};
 use keepwall_secgroup::{health, reach};
 use keepwall_store::{Commit, Expect, Op, Resource, StoreError};
 use serde_json::{Value, json};
@@ -24,6 +26,8 @@ use super::{Act, Fleet, FleetError, Permit, invalid, now_ms, rfc3339};
 const ASKED_ABOUT_MAX: usize = 96;
 /// Names and lines in a report.
 const LISTED_MAX: usize = 1_000;
+/// The protocol of streams.
+const TCP: u8 = 6;
 /// Characters of a reason.
 const REASON_MAX: usize = 1_000;
 /// Bytes of all files together.
@@ -101,7 +105,8 @@ impl Fleet {
             all.sort_by_key(|(name, known)| (known.record.enrolled_ms, Arc::clone(name)));
             all.into_iter().map(|(name, known)| enrolled(name, &known.record)).collect()
         };
-        let looked = tokio::task::spawn_blocking(move || look(&files, &everybody, &view)).await;
+        let door = self.settings.agents_public.parse().ok();
+        let looked = tokio::task::spawn_blocking(move || look(&files, &everybody, &view, door)).await;
         looked.map_err(|error| FleetError::Store(StoreError::Unavailable(error.to_string())))
     }
 
@@ -293,7 +298,12 @@ fn takes(policy: &RolloutPolicy) -> Result<Vec<Take>, FleetError> {
     policy.waves.iter().enumerate().map(take).collect()
 }
 
-fn look(files: &[PostureFile], everybody: &[keepwall_fleet::world::Enrolled], view: &View) -> Looked {
+fn look(
+    files: &[PostureFile],
+    everybody: &[keepwall_fleet::world::Enrolled],
+    view: &View,
+    door: Option<SocketAddr>,
+) -> Looked {
     let mut report = Report::default();
     let record = PostureRecord {
         files: files.to_vec(),
@@ -337,6 +347,7 @@ fn look(files: &[PostureFile], everybody: &[keepwall_fleet::world::Enrolled], vi
             help: "it keeps what it enforces now; change its labels, or the posture's limits".into(),
         });
     }
+    report.findings.extend(door.and_then(|door| shut_out(world.checked(), door)));
     let small = representatives(world.checked(), ASKED_ABOUT_MAX);
     let asked: &Checked = small.as_ref().unwrap_or(world.checked());
     report.tests = (reach::run_tests(asked).into_iter())
@@ -371,6 +382,48 @@ fn look(files: &[PostureFile], everybody: &[keepwall_fleet::world::Enrolled], vi
     Looked { report, world: holds.then_some(world), changed }
 }
 
+/// Machines that the server's own machine would not let in at the agents' door, if it is one of the fleet. It proves its
+/// own contact over loopback, and streams that are open stay open: nobody else would notice in time.
+fn shut_out(checked: &Checked, door: SocketAddr) -> Option<PostureFinding> {
+    const NAMED_MAX: usize = 5;
+    let instances = &checked.spec().instances;
+    let (host, interface) = (instances.iter().enumerate()).find_map(|(n, one)| {
+        Some((
+            n,
+            one.interfaces.iter().position(|i| i.addresses.contains(&door.ip()) || i.public.contains(&door.ip()))?,
+        ))
+    })?;
+    let local = *instances[host].interfaces[interface].addresses.iter().find(|a| a.is_ipv4() == door.is_ipv4())?;
+    let refused = |peer: &IpAddr| {
+        let packet = Packet {
+            direction: Direction::Ingress,
+            peer: *peer,
+            local,
+            protocol: TCP,
+            source_port: 0,
+            destination_port: door.port(),
+            icmp: None,
+        };
+        peer.is_ipv4() == door.is_ipv4() && !evaluate(checked, host, interface, &packet).is_allow()
+    };
+    let out: Vec<&str> = (instances.iter().enumerate())
+        .filter(|(n, one)| *n != host && one.interfaces.iter().flat_map(|i| &i.addresses).any(refused))
+        .map(|(_, one)| one.name.as_str())
+        .collect();
+    let shown = out.iter().take(NAMED_MAX).copied().collect::<Vec<_>>().join(", ");
+    let more = out.len().saturating_sub(NAMED_MAX);
+    let more = if more == 0 { String::new() } else { format!(" and {more} more") };
+    (!out.is_empty()).then(|| PostureFinding {
+        severity: "critical".into(),
+        place: String::new(),
+        message: format!(
+            "{shown}{more} could not reach this server at {door}: the groups of {}, on which it runs, do not let them in",
+            instances[host].name
+        ),
+        help: format!("let the fleet in there: - {{ ports: {}, from: any }}", door.port()),
+    })
+}
+
 fn reach_changes(before: Option<&World>, after: &Checked) -> Vec<ReachChange> {
     let matrix = |checked: &Checked| match representatives(checked, ASKED_ABOUT_MAX) {
         Some(small) => reach::matrix(&small),
@@ -382,4 +435,37 @@ fn reach_changes(before: Option<&World>, after: &Checked) -> Vec<ReachChange> {
     (reach::difference(&before, &matrix(after)).into_iter().take(LISTED_MAX))
         .map(|c| ReachChange { opens: c.opened, from: c.from, to: c.to, on: c.what })
         .collect()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_posture_that_locks_the_fleet_out_of_its_server_is_found() {
+        let found = |ports: &str, door: &str| {
+            let text = format!(
+                "version: 1\ninstances:\n  \
+                 srv: {{ interfaces: {{ eth0: {{ addresses: [10.0.0.1], groups: [srv] }} }} }}\n  \
+                 web: {{ interfaces: {{ eth0: {{ addresses: [10.0.0.2], groups: [srv] }} }} }}\n\
+                 security_groups:\n  srv:\n    inner_access: drop\n    ingress:\n      \
+                 - {{ policy: accept, ports: {ports}, from: 10.0.0.0/24 }}\n"
+            );
+            let files = vec![PostureFile { name: "a.yaml".into(), text }];
+            let record = PostureRecord {
+                files,
+                actor: String::new(),
+                reason: String::new(),
+                returned_to: None,
+                rollout: String::new(),
+            };
+            let checked = keepwall_secgroup::check::check(parse(&record).unwrap()).unwrap();
+            shut_out(&checked, door.parse().unwrap()).map(|finding| finding.message)
+        };
+        let message = found("22", "10.0.0.1:7443").unwrap();
+        assert!(message.starts_with("web could not reach this server at 10.0.0.1:7443"), "{message}");
+        assert_eq!(found("7443", "10.0.0.1:7443"), None);
+        assert_eq!(found("22", "10.9.9.9:7443"), None);
+    }
 }

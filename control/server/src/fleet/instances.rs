@@ -201,10 +201,18 @@ impl Fleet {
         let key = Sha256(crate::ca::digest(&public_key(&issued.certificate).map_err(refused)?));
         let before = self.store.get(INSTANCE, &name).await.map_err(later)?;
         let old: Option<InstanceRecord> = before.as_ref().map(|r| r.read()).transpose().map_err(later)?;
-        // The answer was lost, and the machine asks again.
-        let again = old.as_ref().is_some_and(|old| *old.token == *id && old.key == key);
+        // The answer was lost, and the machine asks again. What was revoked since stays so.
+        let came = |old: &InstanceRecord| *old.token == *id && old.key == key && !old.certificates.is_empty();
+        let again = old.as_ref().is_some_and(came);
+        let at_once = || {
+            let why = "somebody else enrolled at the same moment";
+            (Admission::Later(why.into()), "conflict".to_owned())
+        };
         if !again && !self.slot_left(&id, token.spec.uses).await.map_err(later)? {
-            return Err(bad("used up"));
+            // Perhaps it was this machine's own first request, which went through after we looked.
+            let now = self.store.get(INSTANCE, &name).await.map_err(later)?;
+            let now: Option<InstanceRecord> = now.map(|r| r.read()).transpose().map_err(later)?;
+            return Err(if now.as_ref().is_some_and(came) { at_once() } else { bad("used up") });
         }
         if token.spec.instance.is_none() && !again {
             // A general token makes new machines; a machine that is known, or declared, is somebody.
@@ -226,9 +234,12 @@ impl Fleet {
         // What was there before no longer opens anything: this is the machine of that name now.
         let record = InstanceRecord {
             // A machine that comes back by a token for its name keeps its labels, and so its groups, unless the token
-            // says otherwise: without any it would be in no group, and wide open.
+            // says otherwise: without any it would be in no group, and wide open. A name that a machine gives itself
+            // brings no labels.
             labels: match &old {
-                Some(old) if token.spec.labels.is_empty() => Arc::clone(&old.labels),
+                Some(old) if again || token.spec.instance.is_some() && token.spec.labels.is_empty() => {
+                    Arc::clone(&old.labels)
+                }
                 _ => Arc::new(token.spec.labels.clone()),
             },
             interfaces,
@@ -247,7 +258,8 @@ impl Fleet {
             // A slot is taken once, whichever server is asked.
             let slot = self.next_slot(&id);
             if slot >= token.spec.uses {
-                return Err(bad("used up"));
+                // The last were given out since we looked, and perhaps not used.
+                return Err(at_once());
             }
             let used = TokenUse { instance: name.clone(), time_ms: now };
             ops.push(Op::put(TOKEN_USE, &slot_name(&id, slot), Expect::Absent, &used));
@@ -264,7 +276,7 @@ impl Fleet {
             Err(FleetError::Store(StoreError::Conflict { .. })) => {
                 // Another server may have taken slots; they are counted again.
                 self.forget_slots(&id);
-                return Err((Admission::Later("somebody else enrolled at the same moment".into()), "conflict".into()));
+                return Err(at_once());
             }
             Err(FleetError::Store(error)) => return Err(later(error)),
             Err(error) => return Err(refused(format!("{error:?}"))),
