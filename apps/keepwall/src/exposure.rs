@@ -230,7 +230,7 @@ pub fn up(context: &Context, args: &cli::Up) -> Result<u8, Failure> {
     // What this machine exposes is shown also if the server does not start.
     let wanted = !args.no_agent && !args.no_server;
     let server = if wanted { own::start(context, &args.state).map(Some) } else { Ok(None) };
-    show_up(context, agent, &server, started)?;
+    show_up(context, agent, &server, started, args.fleet)?;
     let runs = server?.is_some();
     if runs && args.fleet {
         ui::out("");
@@ -244,6 +244,7 @@ fn show_up(
     agent: &str,
     server: &Result<Option<bool>, Failure>,
     started: Instant,
+    fleet: bool,
 ) -> Result<(), Failure> {
     let Seen { interfaces, rows, intent } = look(context)?;
     let proposal = propose(&interfaces, rows.iter().map(|r| &r.listener), &[]);
@@ -272,6 +273,10 @@ fn show_up(
         if runs {
             own::say(context);
         }
+        return Ok(());
+    }
+    if fleet && runs {
+        // What it is to enforce is declared at the server, for all machines.
         return Ok(());
     }
     ui::out("");

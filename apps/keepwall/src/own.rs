@@ -183,7 +183,7 @@ pub fn join(context: &Context, state: &Path) -> Result<(), Failure> {
 pub fn say(context: &Context) {
     let socket = context.global.socket.with_file_name("server.sock");
     ui::out(ui::dim(&format!(
-        "A server for a fleet runs too, at unix:{}; nothing is declared there, so it tells nobody anything.",
+        "A server for a fleet runs too, at unix:{}; it tells machines only what is declared there.",
         socket.display()
     )));
     ui::out(ui::dim(&format!(

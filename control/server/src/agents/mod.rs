@@ -29,6 +29,7 @@ use tokio::sync::Semaphore;
 
 use crate::fleet::{Act, Fleet};
 pub use limits::AgentLimits;
+use limits::Turns;
 use tls::Tls;
 
 /// How long a handshake may take.
@@ -40,7 +41,7 @@ pub struct Agents {
     /// Where the programs are that a new machine fetches.
     programs: Option<PathBuf>,
     /// Handshakes at once: the rest waits its turn, and a storm is served one after the other.
-    handshakes: Semaphore,
+    handshakes: Turns,
     connections: Semaphore,
     pub(crate) stop: tokio::sync::watch::Receiver<bool>,
 }
@@ -85,7 +86,7 @@ impl Agents {
         stop: tokio::sync::watch::Receiver<bool>,
     ) {
         let agents = Arc::new(Agents {
-            handshakes: Semaphore::new(limits.handshakes_max),
+            handshakes: Turns::new(limits.handshakes_max),
             connections: Semaphore::new(limits.connections_max),
             fleet,
             programs,
@@ -118,7 +119,7 @@ impl Agents {
         let _ = tcp.set_nodelay(true);
         let _ = socket2::SockRef::from(&tcp).set_tcp_user_timeout(Some(keepwall_wire::UNACKNOWLEDGED));
         let greeted = async {
-            let _turn = self.handshakes.acquire().await.ok()?;
+            let _turn = self.handshakes.take(address.ip()).await?;
             match tokio::time::timeout(HANDSHAKE, Tls::accept(tcp, config)).await {
                 Ok(Ok(tls)) => Some(tls),
                 Ok(Err(error)) => {
